@@ -30,6 +30,7 @@ class Verdict(StrEnum):
     PASS = "pass"
     FAIL = "fail"
     UNSCORABLE = "unscorable"  # left out of the group's statistics, and counted
+    UNGRADED = "ungraded"  # never shown to the verifier: a diagnosis, a probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class Request:
     max_new_tokens: int | None = None  # None: the run's setting
     temperature: float | None = None  # None: the run's setting; 0 is greedy
     stop: tuple[str, ...] = ()  # besides EOS; a stop string stays in the response
+    graded: bool = True  # False: the response is not an answer (a diagnosis), so the verifier never sees it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,7 @@ class Forest:
 
     step: int
     trees: list[Tree]
+    filtered: list[Tree] = field(default_factory=list)  # sampled, then left out by the method's group filter
 
     @property
     def samples(self) -> list[Sample]:

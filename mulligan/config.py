@@ -1,0 +1,248 @@
+"""A run's settings: TOML and command line in, one validated and complete description out."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mulligan.errors import UserError, nearest
+from mulligan.files import reason
+
+
+class Section(BaseModel):
+    """One TOML section; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OpenSection(BaseModel):
+    """A section with keys of its own beside ``name``: a task's or a method's settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything beside the name."""
+        return dict(self.model_extra or {})
+
+
+class ModelSection(Section):
+    """What is trained."""
+
+    name: str = Field("pico", description="'pico', 'pico-qwen3', a directory, or a Hub id")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field("auto", description="'auto' (CUDA when present), 'cpu', 'cuda', 'cuda:1', ...")
+    trust_remote_code: bool = False
+
+
+class TaskSection(OpenSection):
+    """What it is trained on; further keys are the task's own (``mulligan tasks``)."""
+
+    name: str = "chain"
+
+
+class MethodSection(OpenSection):
+    """How credit is given; further keys are the method's own (``mulligan methods``)."""
+
+    name: str = "grpo"
+
+
+class SamplingSection(Section):
+    """How rollouts are drawn."""
+
+    prompts: int = Field(16, ge=1, description="problems a step")
+    temperature: float = Field(1.0, gt=0, description="ratios are taken at it too")
+    max_new_tokens: int = Field(128, ge=1, description="longest response")
+    max_rows: int = Field(256, ge=1, description="samples that decode at a time")
+    stop: list[str] = Field([], description="strings that end a response beside EOS")
+    draws: int = Field(10, ge=1, description="dynamic sampling draws at most this many times `prompts` problems")
+
+
+class OptimizerSection(Section):
+    """How rows become updates."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    warm_up: int = Field(0, ge=0, description="updates over which the rate rises from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="to a tenth, over `train.steps`")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 is off")
+    updates_per_batch: int = Field(1, ge=1, description="optimizer steps into which a batch is cut")
+    epochs: int = Field(1, ge=1, description="passes over a batch")
+    tokens_per_micro_batch: int = Field(16384, ge=1)
+
+
+class EvalSection(Section):
+    """Held-out accuracy before, during and after."""
+
+    every: int = Field(20, ge=0, description="steps between evaluations; 0: only before and after")
+    split: Literal["dev", "test"] = "dev"
+    problems: int = Field(128, ge=1)
+    samples: int = Field(4, ge=1, description="samples a problem, at the sampling temperature")
+    max_rows: int = Field(512, ge=1)
+
+
+class CheckpointSection(Section):
+    """What survives a kill."""
+
+    every: int = Field(10, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1)
+
+
+class LogSection(Section):
+    """What is written."""
+
+    samples: bool = Field(True, description="every rollout to samples.jsonl")
+    tensorboard: bool = False
+
+
+class Run(Section):
+    """A whole run."""
+
+    steps: int = Field(60, ge=1)
+    seed: int = 0
+    out: str | None = Field(None, description="the run's directory; made from task, method and seed when left out")
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    method: MethodSection = MethodSection()
+    sampling: SamplingSection = SamplingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Run:
+        if self.optimizer.updates_per_batch > self.sampling.prompts:
+            raise ValueError(
+                f"optimizer.updates_per_batch ({self.optimizer.updates_per_batch}) is above sampling.prompts "
+                f"({self.sampling.prompts}): a group is never cut in two"
+            )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where everything is written."""
+        return Path(self.out or f"runs/{self.task.name}-{self.method.name}-seed{self.seed}")
+
+
+# A resumed run may differ from the first in these alone.
+MAY_CHANGE = ("steps", "out", "log.tensorboard", "model.device")
+
+
+def load_run(file: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Run:
+    """A run from a TOML file, ``section.key=value`` overrides and command-line flags, later ones winning.
+
+    Raises:
+        UserError: one line that names the file, the key and the nearest valid key.
+    """
+    data = _read_toml(file) if file is not None else {}
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise UserError(f"'{override}' is neither a .toml file nor section.key=value")
+        _put(data, key.strip(), _parse(value.strip()))
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(data, key, value)
+    return validate(data, str(file) if file is not None else None)
+
+
+def validate(data: Mapping[str, Any], source: str | None = None) -> Run:
+    """A run from nested dictionaries.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    try:
+        return Run.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        where = f"{source}: " if source else ""
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}'{'.'.join(path)}' is no setting{nearest(path[-1], _keys(path[:-1]))}") from None
+        if first["type"] == "value_error":
+            raise UserError(where + str(first["ctx"]["error"])) from None
+        raise UserError(f"{where}{'.'.join(path)}: {first['msg'].lower()}, not {first['input']!r}") from None
+
+
+def resolve(run: Run, method_settings: Mapping[str, Any], task_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete run as nested dictionaries, every default written out."""
+    out = json.loads(run.model_dump_json())
+    out["out"] = str(run.directory)
+    out["method"] = {"name": run.method.name, **method_settings}
+    out["task"] = {"name": run.task.name, **task_settings}
+    return out
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as ``{"section.key": value}``."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines such as ``sampling.prompts: 16 -> 32``, without what may change between a run and its resumption."""
+    left, right = flatten(old), flatten(new)
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key) != right.get(key) and key not in MAY_CHANGE
+    ]
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """The resolved run as TOML; None is written as a comment, since TOML has no null."""
+    lines: list[str] = []
+    tables = {k: v for k, v in data.items() if isinstance(v, Mapping)}
+    for table, body in [("", {k: v for k, v in data.items() if k not in tables}), *tables.items()]:
+        if table:
+            lines += ["", f"[{table}]"]
+        lines += [f"# {k}: not set" if v is None else f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in body.items()]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot read: {reason(error)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{key}': '{section}' is no section")
+        data = inner
+    data[last] = value
+
+
+def _parse(value: str) -> Any:
+    """A TOML value; what is none is a string, so that paths and names need no quotes."""
+    try:
+        return tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    model: Any = Run
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

@@ -1,0 +1,165 @@
+"""Where credit goes: from verdicts, rewards and streams to an advantage per token.
+
+A credit gets the selected rows and the whole forest, and returns for each row a number (the same on all
+its own tokens), a tensor of T numbers, or None, which leaves the row out of loss and denominator. A row
+with advantage 0 stays in the denominator.
+
+Conventions, pinned by golden tables: population standard deviation, eps 1e-6; a group of one has
+advantage 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Protocol
+
+import torch
+
+from mulligan.types import Forest, Row, Sample, Stream
+
+Advantage = float | torch.Tensor | None
+Shape = Callable[[Sample, int], float]  # (sample, the run's max_new_tokens) -> reward
+
+
+class Credit(Protocol):
+    """``reads`` declares the detached streams that it needs in ``row.streams``."""
+
+    @property
+    def reads(self) -> tuple[Stream, ...]: ...
+
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]: ...
+
+
+def plain(sample: Sample, max_new_tokens: int) -> float:
+    """The verifier's reward as it is."""
+    return sample.grade.reward
+
+
+@dataclass(frozen=True, slots=True)
+class Overlong:
+    """DAPO's soft overlong penalty (arXiv 2503.14476, equation 13): 0 up to ``max_new_tokens - buffer``,
+    falling to -1 at ``max_new_tokens``; a truncated response gets -1.
+
+    Args:
+        buffer: tokens, or a share of ``max_new_tokens`` when below 1.
+    """
+
+    buffer: float = 0.2
+
+    def __call__(self, sample: Sample, max_new_tokens: int) -> float:
+        buffer = self.buffer if self.buffer >= 1 else self.buffer * max_new_tokens
+        over = len(sample.tokens) - (max_new_tokens - buffer)
+        penalty = -1.0 if sample.truncated else -min(max(over / buffer, 0.0), 1.0)
+        return sample.grade.reward + penalty
+
+
+def by_group(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Indices of the rows of each group, in order."""
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.group, []).append(index)
+    return groups
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def deviation(values: Sequence[float], ddof: int = 0) -> float:
+    """Standard deviation with n - ddof; 0 for fewer than ddof + 1 values."""
+    if len(values) <= ddof:
+        return 0.0
+    centre = mean(values)
+    return sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - ddof))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupCredit:
+    """Base of the credits that need only the rewards of the row's own group."""
+
+    reward: Shape = plain
+
+    @property
+    def reads(self) -> tuple[Stream, ...]:
+        return ()
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        """The advantages of one group's rewards."""
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
+        out: list[Advantage] = [None] * len(rows)
+        for members in by_group(rows).values():
+            advantages = self.of_group([self.reward(rows[i].sample, max_new_tokens) for i in members])
+            for index, advantage in zip(members, advantages, strict=True):
+                out[index] = advantage
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZScore(GroupCredit):
+    """GRPO (arXiv 2402.03300, section 4.1): ``(r - mean) / (std + eps)``; ``ddof=1`` divides by n - 1."""
+
+    ddof: int = 0
+    eps: float = 1e-6
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        centre, scale = mean(rewards), deviation(rewards, self.ddof) + self.eps
+        return [(r - centre) / scale for r in rewards]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Centered(GroupCredit):
+    """Dr.GRPO (arXiv 2503.20783): ``r - mean``, no division."""
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        centre = mean(rewards)
+        return [r - centre for r in rewards]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveOneOut(GroupCredit):
+    """RLOO (arXiv 2402.14740): ``r`` minus the mean of the others."""
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        n, total = len(rewards), sum(rewards)
+        return [r - (total - r) / (n - 1) for r in rewards] if n > 1 else [0.0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanNormalised(GroupCredit):
+    """MaxRL: ``(r - mean) / mean``, 0 where the mean is 0."""
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        centre = mean(rewards)
+        return [(r - centre) / centre if centre else 0.0 for r in rewards]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawReward(GroupCredit):
+    """REINFORCE (Williams, 1992): the reward itself, less a constant."""
+
+    baseline: float = 0.0
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        return [r - self.baseline for r in rewards]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchNormalised(GroupCredit):
+    """REINFORCE++ with group baseline (arXiv 2501.03262): centred in the group, then divided by the
+    standard deviation over all tokens' rows of the batch."""
+
+    eps: float = 1e-6
+
+    def of_group(self, rewards: list[float]) -> list[float]:
+        centre = mean(rewards)
+        return [r - centre for r in rewards]
+
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
+        centred = [float(a) for a in GroupCredit.__call__(self, rows, forest, max_new_tokens) if a is not None]
+        scale = deviation(centred) + self.eps if centred else 1.0
+        shift = mean(centred) if centred else 0.0
+        return [(a - shift) / scale for a in centred]

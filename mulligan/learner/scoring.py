@@ -1,0 +1,104 @@
+"""The scorer: every stream of every loop through one chunked head; never a [batch, tokens, vocabulary] tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from mulligan.errors import UserError
+from mulligan.learner.packing import Batch
+
+CHUNK = 1 << 23  # logits alive at a time: 32 MiB of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the scorer returns for the N scored tokens of a batch."""
+
+    logprobs: torch.Tensor  # [loops asked for, N], nats
+    entropy: torch.Tensor | None  # [N], of the last loop asked for
+    exits: torch.Tensor | None  # [N, L] exit probabilities of a looped model
+
+
+def is_looped(model: torch.nn.Module) -> bool:
+    """Whether the model has loops to read out."""
+    return hasattr(getattr(model, "config", None), "total_ut_steps")
+
+
+def number_of_loops(model: torch.nn.Module) -> int:
+    """How many loops the model runs by its own config; 1 for a model without loops."""
+    return int(getattr(getattr(model, "config", None), "total_ut_steps", 1))
+
+
+def score(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    loops: tuple[int, ...] | None = None,
+    entropy: bool = False,
+    exits: bool = False,
+    num_loops: int | None = None,
+) -> Scores:
+    """Log-probs of the batch's scored tokens; differentiable when gradients are on.
+
+    Args:
+        loops: 1-based loops to read out; None is the last one.
+        entropy: also the entropy of the last loop asked for.
+        exits: also the exit probabilities (looped models only).
+        num_loops: how many loops to run; None is the model's own setting.
+
+    Raises:
+        UserError: loops or exits of a model that has none.
+    """
+    if not is_looped(model):
+        if loops is not None or exits or num_loops is not None:
+            raise UserError(f"{model.config.model_type} has no loops to read out")
+        out = model.base_model(input_ids=batch.tokens, use_cache=False)
+        hidden = [_at(out.last_hidden_state, batch)]
+        exit_probabilities = None
+    else:
+        several = loops is not None or exits
+        out = model.base_model(input_ids=batch.tokens, use_cache=False, output_loops=several, num_loops=num_loops)
+        if loops is None:
+            hidden = [_at(out.last_hidden_state, batch)]
+        else:
+            hidden = [_at(out.loop_hidden_states[loop - 1], batch) for loop in loops]
+        exit_probabilities = _at(out.exit_probabilities, batch) if exits else None
+    parts = [head_logprobs(model, h, batch, entropy and k == len(hidden) - 1) for k, h in enumerate(hidden)]
+    return Scores(torch.stack([p[0] for p in parts]), parts[-1][1] if entropy else None, exit_probabilities)
+
+
+def _at(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return values[batch.at[:, 0], batch.at[:, 1]]
+
+
+def head_logprobs(
+    model: PreTrainedModel, hidden: torch.Tensor, batch: Batch, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs (and entropies) [N] from hidden states [N, d], a chunk of tokens at a time.
+
+    With gradients on, a chunk's logits are computed again in the backward pass instead of being kept,
+    unless everything fits into one chunk anyway.
+    """
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        logits = head(h).float()
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits / temperature[:, None]
+        norm = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - norm
+        if not entropy:
+            return logprobs[None]
+        return torch.stack([logprobs, norm - ((logits - norm[:, None]).exp() * logits).sum(-1)])
+
+    size = max(1, CHUNK // head.weight.shape[0])
+    pieces = list(zip(hidden.split(size), batch.targets.split(size), batch.temperature.split(size), strict=True))
+    again = len(pieces) > 1 and torch.is_grad_enabled()
+    out = torch.cat([checkpoint(chunk, *p, use_reentrant=False) if again else chunk(*p) for p in pieces], dim=1)
+    return out[0], out[1] if entropy else None

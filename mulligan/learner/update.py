@@ -1,0 +1,294 @@
+"""The learner: rows in, optimizer steps out. It knows no method, only what a term declares."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mulligan.errors import ContractError, UserError
+from mulligan.learner.packing import Batch, Item, micro_batches, pack
+from mulligan.learner.scoring import number_of_loops, score
+from mulligan.method import Method, Term
+from mulligan.objective import REFERENCE, START, TokenView
+from mulligan.seeds import rng_of
+from mulligan.types import Metrics, Row, Stream
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """How the learner turns a batch of rows into optimizer steps."""
+
+    temperature: float = 1.0  # the sampling temperature: ratios are taken at it
+    max_new_tokens: int = 128
+    updates_per_batch: int = 1
+    epochs: int = 1
+    tokens_per_micro_batch: int = 16384
+    clip_norm: float = 1.0
+    seed: int = 0
+
+
+class Learner:
+    """Owns the policy, its optimizer and, where a term reads it, the frozen reference."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        *,
+        rate: Callable[[int], float],
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.plan, self.rate = model, optimizer, plan, rate
+        self.reference = reference
+        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.loops = number_of_loops(model)
+        self.updates = 0  # optimizer steps so far
+        self.guard: Callable[[], None] = lambda: None  # called right before weights change
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- streams -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill_streams(self, rows: Sequence[Row], streams: Sequence[Stream], build: Callable[[Row, str], tuple[int, ...]]) -> None:
+        """Computes declared streams and stores each as a float32 [T] tensor in ``row.streams``.
+
+        Args:
+            build: the context tokens of a row for a context's name.
+        """
+        for stream in streams:
+            if stream.model == "behavior":
+                for row in rows:
+                    row.streams[stream.name] = behavior_logprobs(row)
+                continue
+            model = self._model_of(stream)
+            items = [self._item(row, build(row, stream.context), torch.ones(len(row.tokens), dtype=torch.bool)) for row in rows]
+            for indices in micro_batches([len(i) for i in items], self.plan.tokens_per_micro_batch):
+                batch = pack([items[i] for i in indices], self.pad, self.device)
+                values = self._quantity(model, batch, stream)
+                for k, index in enumerate(indices):
+                    rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
+
+    def _quantity(self, model: PreTrainedModel, batch: Batch, stream: Stream) -> torch.Tensor:
+        loops = None if stream.loop is None else (stream.loop,)
+        if stream.quantity == "exit_probability":
+            exits = score(model, batch, exits=True).exits
+            assert exits is not None
+            return exits[:, (stream.loop or exits.shape[1]) - 1]
+        out = score(model, batch, loops=loops, entropy=stream.quantity == "entropy")
+        if stream.quantity == "entropy":
+            assert out.entropy is not None
+            return out.entropy
+        return out.logprobs[0]
+
+    def _model_of(self, stream: Stream) -> PreTrainedModel:
+        if stream.model == "reference":
+            if self.reference is None:
+                raise ContractError(f"stream '{stream.name}' needs a frozen reference, and the learner has none")
+            return self.reference
+        return self.model
+
+    def _item(self, row: Row, context: tuple[int, ...], wanted: torch.Tensor) -> Item:
+        temperature = row.sample.request.temperature
+        # Greedy samples have no temperature to take ratios at; they are scored at 1.
+        return Item(context, row.tokens, wanted, (self.plan.temperature if temperature is None else temperature) or 1.0)
+
+    # ---- updates -------------------------------------------------------------------------------
+
+    def update(self, rows: Sequence[Row], method: Method, step: int) -> Metrics:
+        """All optimizer steps of one batch: epochs x updates_per_batch.
+
+        With a single one the start log-probs are the policy's own, detached: the ratio is exactly 1. With
+        several, every row is scored before the first.
+
+        Raises:
+            UserError: for a loss or gradient that is not finite; the weights are then as they were before
+                that optimizer step.
+        """
+        plan = self.plan
+        several = plan.epochs * plan.updates_per_batch > 1
+        if several and any(START in term.reads for term in method.terms):
+            self.fill_streams(rows, [START], lambda row, _: row.context)
+        groups = list(dict.fromkeys(row.group for row in rows))
+        records: list[Metrics] = []
+        for epoch in range(plan.epochs):
+            order = list(groups)
+            if several:
+                rng_of(plan.seed, "minibatches", step, epoch).shuffle(order)
+            for part in range(plan.updates_per_batch):
+                chosen = set(order[part :: plan.updates_per_batch])
+                records.append(self._step([r for r in rows if r.group in chosen], method, fresh=not records, step=step))
+        keys = dict.fromkeys(k for r in records for k in r)
+        return {k: sum(r[k] for r in records if k in r) / sum(k in r for r in records) for k in keys}
+
+    def _step(self, rows: Sequence[Row], method: Method, *, fresh: bool, step: int) -> Metrics:
+        """One optimizer step. Weights of all tokens are fixed first, over all rows of the step."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        tally = _Tally()
+        for index, term in enumerate(method.terms):
+            mine = [row for row in rows if row.term == index]
+            weights = [term.weight * w for w in term.aggregation(mine, self.plan.max_new_tokens)] if mine else []
+            # A row whose advantage is 0 everywhere adds nothing to loss or gradient unless a regulariser or a
+            # mean over rows reads it; its tokens are in the denominators already.
+            live = [i for i, row in enumerate(mine) if term.regularisers or bool((row.advantages * row.mask).any())]
+            tally.rows += len(mine)
+            tally.tokens += sum(int(row.mask.sum()) for row in mine)
+            lengths = [len(mine[i].context) + len(mine[i].tokens) for i in live]
+            for indices in micro_batches(lengths, self.plan.tokens_per_micro_batch):
+                chosen = [live[i] for i in indices]
+                self._micro_batch([mine[i] for i in chosen], [weights[i] for i in chosen], term, method.name, fresh, tally)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm or math.inf)
+        if not (math.isfinite(tally.loss) and bool(torch.isfinite(norm))):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise UserError(
+                f"step {step}: {method.name}'s {'loss' if not math.isfinite(tally.loss) else 'gradient'} is not finite "
+                f"(loss {tally.loss}, gradient norm {float(norm)}); the weights are those of the update before"
+            )
+        rate = self.rate(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.guard()
+        self.optimizer.step()
+        self.updates += 1
+        self.model.eval()
+        return {**tally.metrics(), "update/gradient_norm": float(norm), "update/learning_rate": rate}
+
+    def _micro_batch(
+        self, rows: list[Row], weights: list[float], term: Term, owner: str, fresh: bool, tally: _Tally
+    ) -> None:
+        batch = pack([self._item(row, row.context, row.mask) for row in rows], self.pad, self.device)
+        scores = score(self.model, batch, loops=term.readout.loops, entropy=term.entropy, exits=term.readout.exits)
+        last = scores.logprobs[-1]
+        own = [row.mask for row in rows]
+
+        def flat(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([v[m] for v, m in zip(values, own, strict=True)]).to(self.device)
+
+        streams = {}
+        for stream in term.reads:
+            if stream == START and START.name not in rows[0].streams:
+                if not fresh:
+                    raise ContractError(f"{owner}: '{START.name}' is missing in a later update of the batch")
+                streams[stream.name] = last.detach()
+            else:
+                streams[stream.name] = flat([require(row, stream, owner) for row in rows])
+        token_weights = torch.tensor(weights, device=self.device)[batch.row]
+        shared = {
+            "advantages": flat([row.advantages for row in rows]),
+            "row": batch.row,
+            "rows": rows,
+            "streams": streams,
+            "policy_entropy": scores.entropy,
+            "exit_probabilities": scores.exits,
+            "owner": owner,
+        }
+        # The surrogate is differentiated by the last loop's log-probs alone; the readout then spreads that
+        # derivative over the loops. For the last loop by itself this is the plain chain rule.
+        leaf = last.detach().requires_grad_()
+        view = TokenView(policy_logprobs=leaf, **shared)
+        surrogate = (token_weights * checked(term.surrogate(view), leaf, owner)).sum()
+        (slope,) = torch.autograd.grad(surrogate, leaf)
+        loss = torch.zeros((), device=self.device)
+        for loop, weight in enumerate(term.readout.weights(view)):
+            loss = loss + (slope * weight * scores.logprobs[loop]).sum()
+        penalty = torch.zeros((), device=self.device)
+        for regulariser in term.regularisers:
+            seen = TokenView(policy_logprobs=last, **shared)
+            penalty = penalty + (token_weights * checked(regulariser(seen), leaf, owner)).sum()
+        (loss + penalty).backward()
+        tally.add(surrogate, penalty, leaf.detach(), streams.get(START.name), flat([behavior_logprobs(r) for r in rows]), fresh)
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copies weights and optimizer; the function returned puts them back."""
+        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        optimizer, updates = copy.deepcopy(self.optimizer.state_dict()), self.updates
+
+        def restore() -> None:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(optimizer)
+            self.updates = updates
+
+        return restore
+
+
+def behavior_logprobs(row: Row) -> torch.Tensor:
+    """The sampler's log-probs as [T]; 0 on a re-entered prefix, which nobody drew."""
+    return torch.tensor((0.0,) * row.sample.branch + row.sample.behavior_logprobs)
+
+
+def require(row: Row, stream: Stream, owner: str) -> torch.Tensor:
+    """A row's stream, or an error that names method and field."""
+    values = row.streams.get(stream.name)
+    if values is None:
+        raise ContractError(f"{owner}: '{stream.name}' is missing in the row of sample {row.sample.uid}")
+    if values.shape != (len(row.tokens),):
+        raise ContractError(f"{owner}: '{stream.name}' has shape {tuple(values.shape)}, not ({len(row.tokens)},)")
+    if not bool(torch.isfinite(values).all()):
+        raise ContractError(f"{owner}: '{stream.name}' is not finite in the row of sample {row.sample.uid}")
+    return values
+
+
+def checked(loss: torch.Tensor, like: torch.Tensor, owner: str) -> torch.Tensor:
+    """A loss per token, or an error that names the method."""
+    if loss.shape != like.shape:
+        raise ContractError(f"{owner}: a loss has shape {tuple(loss.shape)}, not {tuple(like.shape)}: one number a token")
+    return loss
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over the micro-batches of one optimizer step."""
+
+    loss: float = 0.0
+    penalty: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    scored: int = 0
+    ratio_off: float = 0.0
+    gaps: list[torch.Tensor] = field(default_factory=list)
+
+    def add(
+        self,
+        loss: torch.Tensor,
+        penalty: torch.Tensor,
+        policy: torch.Tensor,
+        start: torch.Tensor | None,
+        behavior: torch.Tensor,
+        fresh: bool,
+    ) -> None:
+        self.loss += float(loss.detach()) + float(penalty.detach())
+        self.penalty += float(penalty.detach())
+        self.scored += len(policy)
+        if start is not None:
+            self.ratio_off += float(((policy - start).exp() - 1).abs().sum())
+        if fresh:  # only before the first update are sampler and learner meant to agree
+            self.gaps.append((policy - behavior).abs())
+
+    def metrics(self) -> Metrics:
+        out = {"update/loss": self.loss, "update/rows": float(self.rows), "update/tokens": float(self.tokens)}
+        out["update/live_tokens"] = float(self.scored)
+        if self.penalty:
+            out["update/penalty"] = self.penalty
+        if self.scored:
+            out["update/ratio_off"] = self.ratio_off / self.scored
+        if self.gaps:
+            gaps = torch.cat(self.gaps)
+            out["mismatch/mean"], out["mismatch/max"] = float(gaps.mean()), float(gaps.max())
+        return out
+
+
+def needs_reference(methods: Sequence[Method]) -> bool:
+    """Whether any term reads a stream of the frozen reference."""
+    return any(s.model == REFERENCE.model for m in methods for t in m.terms for s in (*t.reads, *t.credit.reads))

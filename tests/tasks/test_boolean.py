@@ -1,0 +1,76 @@
+import pytest
+
+from mulligan.tasks.boolean import Boolean, BooleanSettings, reductions, show
+from mulligan.tasks.expressions import boolean
+from mulligan.types import Problem
+
+TASK = Boolean()
+PROBLEM = Problem(
+    task="boolean", split="train", index=0, prompt="(T&F)|!T?", answer="F", data={"expression": "(T&F)|!T"}
+)
+
+
+@pytest.mark.parametrize(
+    ("response", "wrong"),
+    [
+        (r"F|!T;F|F;F;\boxed{F}", None),
+        (r"(T&F)|F;F|F;F;\boxed{F}", None),  # another order
+        (r"T&F|F;(F)|F;F;\boxed{F}", None),  # other parentheses, the same tree
+        (r"T|!T;T|F;T;\boxed{T}", 1),  # T&F is not T
+        (r"F|!T;F|T;T;\boxed{T}", 2),
+        (r"F|!T;F|F;T;\boxed{T}", 3),
+        (r"F|!T;F|F;F;\boxed{T}", 4),
+        (r"F|F;F;\boxed{F}", 1),  # two reductions at once
+        (r"F|!T;!T;F;\boxed{F}", 2),  # a short circuit
+        (r"(T&F)|!T;F|!T;F|F;F;\boxed{F}", 1),  # no reduction at all
+        (r"F|!T;F|F;\boxed{F}", 3),  # a step is missing
+        (r"\boxed{F}", 1),
+        (r"F|!T;F|F;F;F;\boxed{F}", 4),
+        (r"F|!T;F|F;F;", 3),  # truncated
+        ("F|!T;F|", 2),
+        ("F|!", 1),
+        ("", 1),
+        (r"F|!T;F|F;F;so \boxed{F}", 4),
+        (r"F|!T;;F|F;F;\boxed{F}", 2),
+        (r"\boxed{F};F|!T;F|F;F;\boxed{F}", 1),
+    ],
+)
+def test_oracle(response, wrong):
+    assert TASK.first_wrong_step(PROBLEM, TASK.split_steps(response)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("T", []),
+        ("!F", ["T"]),
+        ("T|F", ["T"]),
+        ("(T&F)|!T", ["F|!T", "(T&F)|F"]),
+        ("!(T&!F)", ["!(T&T)"]),
+        ("T&F&T", ["F&T"]),
+        ("!!T", ["!F"]),
+    ],
+)
+def test_reductions(text, wanted):
+    assert [show(tree) for tree in reductions(boolean(text))] == wanted
+
+
+def test_canonical_solution():
+    assert TASK.solution(PROBLEM) == r"F|!T;F|F;F;\boxed{F}"
+
+
+def test_answers():
+    assert TASK.correct(PROBLEM, " F ")
+    assert not TASK.correct(PROBLEM, "T")
+    assert not TASK.correct(PROBLEM, "F|F")
+    assert TASK.equivalent(PROBLEM, "T", "T ")
+    assert TASK.extract("F;") is None
+
+
+@pytest.mark.parametrize("level", range(2, 7))
+def test_level_counts_operators(level):
+    task = Boolean(BooleanSettings(level=level))
+    for index in range(30):
+        text = task.problem("train", index).data["expression"]
+        assert sum(map(text.count, "&|!")) == level
+        assert show(boolean(text)) == text
