@@ -210,7 +210,9 @@ def to_toml(data: Mapping[str, Any]) -> str:
     for table, body in [("", {k: v for k, v in data.items() if k not in tables}), *tables.items()]:
         if table:
             lines += ["", f"[{table}]"]
-        lines += [f"# {k}: not set" if v is None else f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in body.items()]
+        lines += [
+            f"# {k}: not set" if v is None else f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in body.items()
+        ]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 

@@ -24,6 +24,10 @@ class Memory:
     def __setitem__(self, name: str, value: Any) -> None:
         self._pending[name] = value
 
+    def get(self, name: str, default: Any) -> Any:
+        """The state of this name, or the default when there is none yet."""
+        return self.get(name, default)
+
     def next_index(self) -> int:
         """The training problem at the cursor, which moves on by one."""
         index = self["cursor"]

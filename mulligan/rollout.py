@@ -116,7 +116,9 @@ def fresh(n: int) -> Pass:
 class _Climb:
     """One problem on its way through the passes."""
 
-    def __init__(self, problem: Problem, slot: int, passes: Sequence[Pass], seed: int, texts: Texts, score: Scorer | None):
+    def __init__(
+        self, problem: Problem, slot: int, passes: Sequence[Pass], seed: int, texts: Texts, score: Scorer | None
+    ):
         self.tree = Tree(problem)
         self.slot, self.passes, self.score = slot, passes, score
         self.seed = seed_of(seed, problem.uid, slot)

@@ -1,6 +1,6 @@
 """Kills savers and checks what they leave. A program of its own, so that forking has no threads to break.
 
-Run as ``python kill_save.py calls|times DIRECTORY``: killed before each system call in turn, or at random moments.
+Run as ``python kill_save.py DIRECTORY KILLS``: killed before each system call in turn, then so often at random.
 """
 
 from __future__ import annotations
@@ -80,32 +80,38 @@ def every_call(root: Path, before: list[int], step: int) -> None:
 
 
 def random_times(root: Path, kills: int) -> None:
+    """SIGKILL at a random moment of a loop that saves every step three times; what was acknowledged must be there."""
     save(root, 0, 0)
     known = 0
     rng = random.Random(0)
-
-    def saver() -> None:
-        for mark in range(known + 1, known + 1000):
-            save(root, mark // 3, mark)  # every step is saved three times
-
     for _ in range(kills):
+        read, write = os.pipe()
+
+        def saver(known: int = known, write: int = write) -> None:
+            for mark in range(known + 1, known + 1000):
+                save(root, mark // 3, mark)
+                os.write(write, b".")
+
+        begun = time.perf_counter()
         child = in_child(saver)
-        time.sleep(rng.uniform(0.0, 0.06))
+        for _ in range(rng.randint(1, 4)):
+            known += len(os.read(read, 1))
+        took = time.perf_counter() - begun
+        time.sleep(rng.uniform(0, took))  # about one to four saves later, on a busy machine too
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
         mark = mark_of(root)
-        assert mark >= known, "an older checkpoint than before"
+        assert mark >= known, "an acknowledged checkpoint is lost"
         assert len(list_checkpoints(root)) <= 3
         known = mark
-    assert known > kills, "too few saves to mean anything"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # a killed process loses nothing that the system has; without it this takes seconds
-    mode, folder = sys.argv[1], Path(sys.argv[2])
-    if mode == "calls":
-        every_call(folder, [1, 2], 3)
-        every_call(folder, [1], 1)
-    else:
-        random_times(folder, 25)
+    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    every_call(folder / "calls", [1, 2], 3)
+    every_call(folder / "calls", [1], 1)
+    random_times(folder / "times", kills)

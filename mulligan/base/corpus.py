@@ -40,7 +40,7 @@ class Rates(BaseModel):
     carry: float = 0.0
     times: float = 0.0
     drop: float = 0.0
-    easy: float = 0.15  # factor on all of them at levels 1 and 2
+    easy: float = 0.15  # factor on all of them in chains of one or two operations
     hinted: float = 0.35  # factor on all of them behind a hint
 
 
@@ -123,13 +123,13 @@ class Corpus:
             return self._solution(kind, index, rng)
         return getattr(self, f"_{kind}")(index, rng)
 
-    def _factor(self, kind: str) -> float:
-        return self.rates.easy if kind in ("easy", "short") else 1.0
+    def _factor(self, problem: Problem) -> float:
+        return self.rates.easy if len(problem.data["operations"]) <= 2 else 1.0
 
     def _solution(self, kind: str, index: int, rng: Random) -> Example:
         task = self.chains[kind]
         problem = task.problem("corpus", index)
-        return Example(problem.prompt, "".join(write_chain(task, problem, self.rates, self._factor(kind), rng)))
+        return Example(problem.prompt, "".join(write_chain(task, problem, self.rates, self._factor(problem), rng)))
 
     def _some_chain(self, rng: Random) -> str:
         return rng.choices(["easy", "short", "default", "long"], [1, 2, 6, 1])[0]
@@ -153,7 +153,7 @@ class Corpus:
                 wrong.append(answer)
         # The posterior given the hint: an answer known to be wrong is not written again.
         for _ in range(20):
-            steps = write_chain(task, problem, self.rates, self.rates.hinted * self._factor(kind), rng)
+            steps = write_chain(task, problem, self.rates, self.rates.hinted * self._factor(problem), rng)
             if boxed(steps[-1]) not in wrong:
                 break
         else:

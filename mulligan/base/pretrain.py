@@ -114,7 +114,9 @@ def pool_batches(
     return batches
 
 
-def batch_loss(model: PreTrainedModel, batch: list[tuple[list[int], int]], beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_loss(
+    model: PreTrainedModel, batch: list[tuple[list[int], int]], beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch and the last loop's mean cross-entropy (nats per response token, detached)."""
     width = max(len(ids) for ids, _ in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
@@ -131,7 +133,9 @@ def batch_loss(model: PreTrainedModel, batch: list[tuple[list[int], int]], beta:
         return loss, loss.detach()
     out = model.base_model(input_ids=tokens, use_cache=False, output_loops=True)
     hidden = torch.stack([h[scored] for h in out.loop_hidden_states])  # [L, N, d]
-    each = -head(hidden).float().log_softmax(-1).gather(-1, targets.expand(len(hidden), -1)[..., None])[..., 0]  # [L, N]
+    each = (
+        -head(hidden).float().log_softmax(-1).gather(-1, targets.expand(len(hidden), -1)[..., None])[..., 0]
+    )  # [L, N]
     exits = out.exit_probabilities[scored].T  # [L, N]
     entropy = -(exits * exits.clamp_min(1e-9).log()).sum(0)
     return ((exits * each).sum(0) - beta * entropy).mean(), each[-1].mean().detach()

@@ -16,7 +16,7 @@ from mulligan.learner.scoring import number_of_loops, score
 from mulligan.method import Method, Term
 from mulligan.objective import REFERENCE, START, TokenView
 from mulligan.seeds import rng_of
-from mulligan.types import Metrics, Row, Stream
+from mulligan.types import Metrics, Row, Sample, Stream
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +59,9 @@ class Learner:
     # ---- streams -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fill_streams(self, rows: Sequence[Row], streams: Sequence[Stream], build: Callable[[Row, str], tuple[int, ...]]) -> None:
+    def fill_streams(
+        self, rows: Sequence[Row], streams: Sequence[Stream], build: Callable[[Row, str], tuple[int, ...]]
+    ) -> None:
         """Computes declared streams and stores each as a float32 [T] tensor in ``row.streams``.
 
         Args:
@@ -71,12 +73,22 @@ class Learner:
                     row.streams[stream.name] = behavior_logprobs(row)
                 continue
             model = self._model_of(stream)
-            items = [self._item(row, build(row, stream.context), torch.ones(len(row.tokens), dtype=torch.bool)) for row in rows]
+            items = [
+                self._item(row, build(row, stream.context), torch.ones(len(row.tokens), dtype=torch.bool))
+                for row in rows
+            ]
             for indices in micro_batches([len(i) for i in items], self.plan.tokens_per_micro_batch):
                 batch = pack([items[i] for i in indices], self.pad, self.device)
                 values = self._quantity(model, batch, stream)
                 for k, index in enumerate(indices):
                     rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
+
+    def score_samples(self, samples: Sequence[Sample], stream: Stream) -> list[torch.Tensor]:
+        """A stream on samples, for a pass that asks: float32 [T] each. "learner" and "sampling" both mean the
+        context that the sampler saw."""
+        rows = [Row(sample=s, context=s.request.context, group=s.group) for s in samples]
+        self.fill_streams(rows, [stream], lambda row, _: row.context)
+        return [row.streams[stream.name] for row in rows]
 
     def _quantity(self, model: PreTrainedModel, batch: Batch, stream: Stream) -> torch.Tensor:
         loops = None if stream.loop is None else (stream.loop,)
@@ -146,7 +158,9 @@ class Learner:
             lengths = [len(mine[i].context) + len(mine[i].tokens) for i in live]
             for indices in micro_batches(lengths, self.plan.tokens_per_micro_batch):
                 chosen = [live[i] for i in indices]
-                self._micro_batch([mine[i] for i in chosen], [weights[i] for i in chosen], term, method.name, fresh, tally)
+                self._micro_batch(
+                    [mine[i] for i in chosen], [weights[i] for i in chosen], term, method.name, fresh, tally
+                )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm or math.inf)
         if not (math.isfinite(tally.loss) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)
@@ -206,7 +220,14 @@ class Learner:
             seen = TokenView(policy_logprobs=last, **shared)
             penalty = penalty + (token_weights * checked(regulariser(seen), leaf, owner)).sum()
         (loss + penalty).backward()
-        tally.add(surrogate, penalty, leaf.detach(), streams.get(START.name), flat([behavior_logprobs(r) for r in rows]), fresh)
+        tally.add(
+            surrogate,
+            penalty,
+            leaf.detach(),
+            streams.get(START.name),
+            flat([behavior_logprobs(r) for r in rows]),
+            fresh,
+        )
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -243,7 +264,9 @@ def require(row: Row, stream: Stream, owner: str) -> torch.Tensor:
 def checked(loss: torch.Tensor, like: torch.Tensor, owner: str) -> torch.Tensor:
     """A loss per token, or an error that names the method."""
     if loss.shape != like.shape:
-        raise ContractError(f"{owner}: a loss has shape {tuple(loss.shape)}, not {tuple(like.shape)}: one number a token")
+        raise ContractError(
+            f"{owner}: a loss has shape {tuple(loss.shape)}, not {tuple(like.shape)}: one number a token"
+        )
     return loss
 
 

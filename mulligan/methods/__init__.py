@@ -15,8 +15,8 @@ from mulligan.method import Method
 from mulligan.methods.cispo import cispo
 from mulligan.methods.dapo import dapo
 from mulligan.methods.dr_grpo import dr_grpo
-from mulligan.methods.gspo import gspo
 from mulligan.methods.grpo import grpo
+from mulligan.methods.gspo import gspo
 from mulligan.methods.maxrl import maxrl
 from mulligan.methods.reinforce import reinforce
 from mulligan.methods.reinforce_pp import reinforce_pp
@@ -46,7 +46,8 @@ class Preset:
         """Its settings as a pydantic model, made from the function's own signature."""
         hints = get_type_hints(self.build)
         fields: dict[str, Any] = {
-            name: (hints[name], parameter.default) for name, parameter in inspect.signature(self.build).parameters.items()
+            name: (hints[name], parameter.default)
+            for name, parameter in inspect.signature(self.build).parameters.items()
         }
         return create_model(f"{self.name} settings", __config__=ConfigDict(extra="forbid"), **fields)
 

@@ -39,7 +39,10 @@ def grpo(
         kl: coefficient of KL(policy, reference), k3 estimator; 0 has no reference model at all.
         entropy_bonus: coefficient of the entropy bonus.
     """
-    regularisers = (*((KL(coefficient=kl),) if kl else ()), *((EntropyBonus(coefficient=entropy_bonus),) if entropy_bonus else ()))
+    regularisers = (
+        *((KL(coefficient=kl),) if kl else ()),
+        *((EntropyBonus(coefficient=entropy_bonus),) if entropy_bonus else ()),
+    )
     term = Term(
         credit=ZScore(),
         surrogate=Clipped(low=clip_low, high=clip_high),

@@ -20,4 +20,6 @@ def maxrl(group_size: int = 8) -> Method:
     Args:
         group_size: samples a prompt.
     """
-    return Method(name="maxrl", passes=(fresh(group_size),), terms=(Term(credit=MeanNormalised(), surrogate=Reinforce()),))
+    return Method(
+        name="maxrl", passes=(fresh(group_size),), terms=(Term(credit=MeanNormalised(), surrogate=Reinforce()),)
+    )

@@ -492,6 +492,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         output_loops: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
         **loss_kwargs: Any,
     ) -> LoopedCausalLMOutput:
         """As :meth:`LoopedModel.forward`, and the logits of the last loop that is run.
@@ -500,6 +501,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             labels: int64 [B, T], -100 where ignored; shifted here, as transformers does.
             logits_to_keep: the last n tokens only (0: all), or the indices of the tokens.
             return_dict: accepted for transformers; the output is always a dataclass.
+            cache_position: accepted for older releases of transformers; the cache knows its length.
             loss_kwargs: passed on to transformers' causal loss.
         """
         output = self.model(

@@ -126,7 +126,12 @@ class GeneratedTask(Task):
             identity, problem = self.draw(rng, split)
             if bucket_of(self.name, identity) in BUCKETS[split]:
                 return Problem(
-                    task=self.name, split=split, index=index, prompt=problem.prompt, answer=problem.answer, data=problem.data
+                    task=self.name,
+                    split=split,
+                    index=index,
+                    prompt=problem.prompt,
+                    answer=problem.answer,
+                    data=problem.data,
                 )
         raise UserError(f"task '{self.name}': these settings leave no problem for split '{split}'; widen them")
 

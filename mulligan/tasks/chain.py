@@ -104,12 +104,19 @@ class Chain(GeneratedTask):
             symbol = rng.choice("+-")
             others = [n for n in names if n != target]
             constant = kind < 0.5 or not others
-            operations.append(Operation(target, symbol, str(rng.randrange(1, s.modulus)) if constant else rng.choice(others)))
+            operations.append(
+                Operation(target, symbol, str(rng.randrange(1, s.modulus)) if constant else rng.choice(others))
+            )
         asked = rng.choice(names) if s.answer == "one" else None
         start = ",".join(f"{name}={value}" for name, value in state.items())
         listed = ",".join(f"{i}{op}" for i, op in enumerate(operations, 1))
         prompt = f"{start}:{listed}" + (f">{asked}?" if asked else "?")
-        data: dict[str, Any] = {"start": state, "operations": [str(op) for op in operations], "asked": asked, "modulus": s.modulus}
+        data: dict[str, Any] = {
+            "start": state,
+            "operations": [str(op) for op in operations],
+            "asked": asked,
+            "modulus": s.modulus,
+        }
         problem = Problem(task=self.name, split=split, index=0, prompt=prompt, answer="", data=data)
         answer = boxed(self.solution(problem))
         assert answer is not None

@@ -309,7 +309,8 @@ def test_cpu_norm_is_torchs_with_the_same_gradient(shape):
 def test_checkpointing_keeps_the_gradient():
     plain, saved, ids = make(), make(), tokens()
     saved.train()
-    saved.activation_checkpointing_enable()
+    enable = getattr(saved, "activation_checkpointing_enable", None) or saved.gradient_checkpointing_enable
+    enable()  # older releases of transformers know only the second name
     plain(ids, labels=ids).loss.backward()
     out = saved(ids, labels=ids, use_cache=True)
     assert out.past_key_values is None  # the recomputation would write it twice

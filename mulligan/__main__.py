@@ -1,0 +1,5 @@
+"""``python -m mulligan``."""
+
+from mulligan.cli import main
+
+main()

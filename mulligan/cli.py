@@ -1,0 +1,275 @@
+"""The command line. Only this module and ``console`` print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mulligan.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning with verifiable rewards: where credit goes and where exploration comes from.",
+)
+out = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document and nothing else.")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN.toml] [section.key=value ...]", help="A run file and overrides.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="method.name (mulligan methods)")] = None,
+    task: Annotated[str | None, typer.Option(help="task.name (mulligan tasks)")] = None,
+    model: Annotated[str | None, typer.Option(help="model.name: pico, pico-qwen3, a directory or a Hub id")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="The run's directory.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the run's directory.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, train nothing.")] = False,
+) -> None:
+    """Train a model with reinforcement learning."""
+    from mulligan.config import load_run, to_toml
+    from mulligan.console import ConsoleReporter, tell_result
+    from mulligan.log import METRICS, read_metrics
+    from mulligan.report.curve import plot_curve
+    from mulligan.session import prepare
+    from mulligan.train import train as run_training
+
+    file, overrides = _split(arguments or [])
+    flags = {"method.name": method, "task.name": task, "model.name": model, "steps": steps, "seed": seed}
+    run = load_run(file, overrides, {**flags, "out": None if to is None else str(to)})
+    session = prepare(run)
+    if dry_run:
+        out.print(to_toml(session.resolved), highlight=False, markup=False, soft_wrap=True, end="")
+        for note in session.notes:
+            out.print(f"# contract holds: {note}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if resume and not (session.run.directory / "checkpoints").is_dir():
+        out.print(f"{session.run.directory} has no checkpoint yet: starting fresh", soft_wrap=True)
+    reporter = ConsoleReporter(out)
+    curve = run.directory / "curve.png"
+    try:
+        run_training(session, reporter, resume=resume)
+    finally:
+        reporter.close()
+    plot_curve(
+        read_metrics(run.directory / METRICS), curve, title=f"{run.method.name} on {run.task.name}, seed {run.seed}"
+    )
+    tell_result(out, reporter, curve)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[
+        str, typer.Argument(help="A run's directory, pico, pico-qwen3, a model directory or a Hub id.")
+    ] = "pico",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[task.key=value ...]", help="Task settings.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task; a run's own when left out.")] = None,
+    split: Annotated[str, typer.Option(help="dev or test")] = "test",
+    problems: Annotated[int, typer.Option(min=1)] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option()] = 0,
+    loops: Annotated[int | None, typer.Option(min=1, help="Loops to run of a looped model.")] = None,
+    probe: Annotated[str | None, typer.Option(help="localisation, hint or alone, in place of plain accuracy.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out problems."""
+    from mulligan.evalcli import run_evaluation
+
+    report = run_evaluation(
+        model,
+        overrides or [],
+        task=task,
+        split=split,
+        problems=problems,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        loops=loops,
+        probe=probe,
+        console=Console(stderr=True),
+    )
+    _show(report, as_json)
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the tasks and their settings."""
+    from mulligan.tasks import TASKS
+
+    rows = [
+        {
+            "name": t.name,
+            "summary": t.summary,
+            "oracle": t.has_oracle,
+            "settings": _settings(t.Settings),
+        }
+        for t in TASKS.values()
+    ]
+    _list(rows, as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods and their settings."""
+    from mulligan.methods import PRESETS, build_schedule
+
+    rows = []
+    for preset in PRESETS.values():
+        schedule, _ = build_schedule(preset.name, {})
+        streams = sorted({s.name for m in schedule.methods for t in m.terms for s in (*t.reads, *t.credit.reads)})
+        rows.append(
+            {
+                "name": preset.name,
+                "summary": preset.summary,
+                "paper": preset.paper,
+                "streams": streams,
+                "settings": _settings(preset.settings()),
+            }
+        )
+    _list(rows, as_json)
+
+
+@app.command()
+def base(
+    name: Annotated[str, typer.Argument(help="pico or pico-qwen3")] = "pico",
+    to: Annotated[Path, typer.Option("--to", help="Where to work; run again to go on.")] = Path("runs/base"),
+) -> None:
+    """Make a pico base from nothing, by the recipe that made the shipped one."""
+    from mulligan.base.pretrain import RECIPES, load_recipe, pretrain
+
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    if name not in known:
+        raise UserError(f"there is no recipe '{name}' (known: {', '.join(known)})")
+    recipe = load_recipe(name)
+
+    def report(record: dict[str, Any]) -> None:
+        per = record["seconds"] / record["update"]
+        left = (recipe.updates - record["update"]) * per
+        out.print(
+            f"update {record['update']}/{recipe.updates} phase {record['phase'] + 1}/{len(recipe.phases)} "
+            f"{record['nats_per_token']:.3f} nats a token, {left / 60:.0f} min left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    pretrain(recipe, to / name, report=report)
+    out.print(f"{to / name / 'model'}: mulligan eval {to / name / 'model'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    to: Annotated[Path, typer.Option("--to", help="The directory to write.")],
+) -> None:
+    """Write a run's newest model as a plain Hugging Face directory."""
+    from mulligan.models.loading import save_model
+    from mulligan.rundir import load_run_model
+
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty")
+    loaded, _ = load_run_model(run)
+    save_model(loaded.model, loaded.tokenizer, to)
+    out.print(f"{to}: AutoModelForCausalLM.from_pretrained({str(to)!r})", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and this installation have, and whether the pico base runs."""
+    from mulligan.doctor import examine
+
+    facts = examine()
+    _show(facts, as_json)
+    if not facts["ok"]:
+        raise typer.Exit(1)
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """A run file, if one is named first, and the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    schema = model.model_json_schema()["properties"]
+    return {
+        k: {"default": v.get("default"), "type": v.get("type") or "choice"} | _choices(v) for k, v in schema.items()
+    }
+
+
+def _choices(field: dict[str, Any]) -> dict[str, Any]:
+    return {"choices": field["enum"]} if "enum" in field else {}
+
+
+def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for row in rows:
+        settings = " ".join(f"{k}={'' if v['default'] is None else v['default']}" for k, v in row["settings"].items())
+        note = f" (arXiv {row['paper']})" if row.get("paper") else ""
+        table.add_row(f"[bold]{row['name']}[/]", f"{row['summary']}{note}\n[dim]{settings}[/]")
+    out.print(table)
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for key, value in facts.items():
+        shown = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else json.dumps(value)
+            if isinstance(value, dict | list)
+            else str(value)
+        )
+        table.add_row(key, shown)
+    out.print(table)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(f"mulligan: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """The entry point: user errors become one line and exit code 2, signals 128 + their number."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from mulligan.stopping import Stopped
+
+    try:
+        app()
+    except UserError as error:
+        _fail(" ".join(str(error).split("\n")), 2)
+    except Stopped as stopped:
+        _fail(f"{stopped}: the last completed step is saved; --resume goes on", stopped.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    main()

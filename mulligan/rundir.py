@@ -1,0 +1,195 @@
+"""A run's directory: what lies in it, how a run is put there, and how it is taken up again.
+
+| path | what |
+|---|---|
+| run.toml | the resolved run |
+| metrics.jsonl, samples.jsonl | a line a step, a line a sample |
+| checkpoints/step-N/ | weights, optimizer, cursor, memory, random states; hashed |
+| model/ | the model's config and tokenizer, so that the run needs nothing outside itself |
+| curve.png | the learning curve |
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mulligan.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_model_tensors,
+    model_tensors,
+    pack_optimizer,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    unpack_optimizer,
+)
+from mulligan.config import differences, to_toml
+from mulligan.errors import UserError
+from mulligan.files import reason
+from mulligan.log import METRICS, SAMPLES, RunLog
+from mulligan.memory import Memory
+from mulligan.models.loading import LoadedModel
+from mulligan.session import Session
+from mulligan.types import Forest, Row, Sample
+
+RUN = "run.toml"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run was started in this directory."""
+    return (directory / RUN).is_file()
+
+
+@contextmanager
+def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
+    """The run's log, with the session brought to its last checkpoint when ``resume`` finds one.
+
+    Raises:
+        UserError: a directory that holds another run, settings that differ from the checkpoint's, or a
+            damaged checkpoint. Nothing is changed then.
+    """
+    directory = session.run.directory
+    offsets: dict[str, int] | None = None
+    if resume:
+        offsets = {METRICS: 0, SAMPLES: 0}
+        found = load_checkpoint(directory / CHECKPOINTS)
+        if found is not None:
+            load_state(session, found.tensors, found.state, found.path)
+            offsets = found.state["offsets"]
+    elif is_run(directory) or (directory / METRICS).exists() or list_checkpoints(directory / CHECKPOINTS):
+        raise UserError(f"{directory} holds another run: --resume goes on with it, --out DIR starts beside it")
+    log = RunLog(directory, offsets=offsets, tensorboard=session.run.log.tensorboard)
+    try:
+        (directory / RUN).write_text(to_toml(session.resolved), encoding="utf-8")
+        session.loaded.model.config.save_pretrained(directory / MODEL)
+        session.loaded.tokenizer.save_pretrained(directory / MODEL)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write: {reason(error)}") from error
+    with log:
+        yield log
+
+
+def load_state(
+    session: Session, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], path: Path
+) -> None:
+    """Puts a checkpoint's content into a session.
+
+    Raises:
+        UserError: settings that differ, with the keys; or more steps done than the run asks for.
+    """
+    changed = differences(state["run"], session.resolved)
+    if changed:
+        raise UserError(f"{path}: cannot resume with other settings: {'; '.join(changed)}")
+    if state["step"] > session.run.steps:
+        raise UserError(f"{path}: {state['step']} steps are done already; the run asks for {session.run.steps}")
+    load_model_tensors(session.learner.model, tensors["model"])
+    unpack_optimizer(session.learner.optimizer, session.learner.model, tensors["optimizer"], state["optimizer"])
+    session.learner.updates = state["updates"]
+    session.memory = Memory(state["memory"])
+    session.step, session.evaluated = state["step"], state["evaluated"]
+    set_rng_state(tensors["rng"], state["rng"])
+
+
+def save_state(session: Session, log: RunLog) -> Path:
+    """A checkpoint of the last completed step."""
+    packed, optimizer = pack_optimizer(session.learner.optimizer, session.learner.model)
+    generators, rng = rng_state()
+    return save_checkpoint(
+        session.run.directory / CHECKPOINTS,
+        session.step,
+        {"model": model_tensors(session.learner.model), "optimizer": packed, "rng": generators},
+        {
+            "run": session.resolved,
+            "step": session.step,
+            "evaluated": session.evaluated,
+            "updates": session.learner.updates,
+            "optimizer": optimizer,
+            "memory": session.memory.state(),
+            "offsets": log.flush(),
+            "rng": rng,
+        },
+        keep=session.run.checkpoint.keep,
+    )
+
+
+def load_run_model(directory: Path) -> tuple[LoadedModel, dict[str, Any]]:
+    """The model of a run's newest checkpoint, and the run's settings.
+
+    Raises:
+        UserError: not a run, no checkpoint yet, or a damaged one.
+    """
+    if not is_run(directory):
+        raise UserError(f"{directory} is no run: {RUN} is missing")
+    found = load_checkpoint(directory / CHECKPOINTS)
+    if found is None:
+        raise UserError(f"{directory} has no checkpoint yet")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / MODEL), dtype=torch.float32)
+    model.to(next(iter(found.tensors["model"].values())).dtype)
+    load_model_tensors(model, found.tensors["model"])
+    tokenizer = AutoTokenizer.from_pretrained(directory / MODEL)
+    settings = tomllib.loads((directory / RUN).read_text(encoding="utf-8"))
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=str(directory)), settings
+
+
+def sample_records(forest: Forest, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """The lines of ``samples.jsonl`` for one step, those of filtered groups too."""
+    trained: dict[int, list[Row]] = {}
+    for row in rows:
+        trained.setdefault(row.sample.uid, []).append(row)
+    for tree in (*forest.trees, *forest.filtered):
+        for sample in tree.samples:
+            yield _sample_record(forest.step, sample, trained.get(sample.uid, []))
+
+
+def _sample_record(step: int, sample: Sample, rows: Sequence[Row]) -> dict[str, Any]:
+    """One line: enough to replay the step. Log-probs are rounded to 1e-6 nats."""
+    request, grade = sample.request, sample.grade
+    return {
+        "step": step + 1,
+        "uid": sample.uid,
+        "problem": request.problem.uid,
+        "group": sample.group,
+        "origin": sample.origin,
+        "parent": request.parent,
+        "branch": sample.branch,
+        "attempt": sample.attempt,
+        "seed": request.seeds[sample.attempt],
+        "prompt": request.problem.prompt,
+        "gold": request.problem.answer,
+        "response": sample.text,
+        "verdict": str(grade.verdict),
+        "reward": grade.reward,
+        "answer": grade.answer,
+        "reason": grade.reason,
+        "process_correct": grade.process_correct,
+        "first_wrong_step": grade.first_wrong_step,
+        "steps": grade.steps,
+        "finish": sample.finish,
+        "temperature": request.temperature,
+        "context_tokens": list(request.context),
+        "tokens": list(sample.tokens),
+        "behavior_logprobs": [round(x, 6) for x in sample.behavior_logprobs],
+        "rows": [_row_record(row) for row in rows],
+    }
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    trained = row.advantages[row.mask].tolist()
+    same = bool(trained) and all(a == trained[0] for a in trained)
+    return {
+        "term": row.term,
+        "group": row.group,
+        "context_tokens": list(row.context),
+        "trained": int(row.mask.sum()),
+        "advantage": trained[0] if same else trained,  # one number where it is the same on every trained token
+    }
