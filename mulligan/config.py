@@ -34,9 +34,9 @@ class OpenSection(BaseModel):
 class ModelSection(Section):
     """What is trained."""
 
-    name: str = Field("pico", description="'pico', 'pico-qwen3', a directory, or a Hub id")
+    name: str = Field(default="pico", description="'pico', 'pico-qwen3', a directory, or a Hub id")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = Field("auto", description="'auto' (CUDA when present), 'cpu', 'cuda', 'cuda:1', ...")
+    device: str = Field(default="auto", description="'auto' (CUDA when present), 'cpu', 'cuda', 'cuda:1', ...")
     trust_remote_code: bool = False
 
 
@@ -55,59 +55,59 @@ class MethodSection(OpenSection):
 class SamplingSection(Section):
     """How rollouts are drawn."""
 
-    prompts: int = Field(16, ge=1, description="problems a step")
-    temperature: float = Field(1.0, gt=0, description="ratios are taken at it too")
-    max_new_tokens: int = Field(128, ge=1, description="longest response")
-    max_rows: int = Field(256, ge=1, description="samples that decode at a time")
-    stop: list[str] = Field([], description="strings that end a response beside EOS")
-    draws: int = Field(10, ge=1, description="dynamic sampling draws at most this many times `prompts` problems")
+    prompts: int = Field(default=16, ge=1, description="problems a step")
+    temperature: float = Field(default=1.0, gt=0, description="ratios are taken at it too")
+    max_new_tokens: int = Field(default=128, ge=1, description="longest response")
+    max_rows: int = Field(default=256, ge=1, description="samples that decode at a time")
+    stop: list[str] = Field(default=[], description="strings that end a response beside EOS")
+    draws: int = Field(default=10, ge=1, description="dynamic sampling draws at most this often `prompts`")
 
 
 class OptimizerSection(Section):
     """How rows become updates."""
 
-    learning_rate: float = Field(2e-4, gt=0)
-    warm_up: int = Field(0, ge=0, description="updates over which the rate rises from 0")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="to a tenth, over `train.steps`")
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warm_up: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="to a tenth, over all steps")
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 is off")
-    updates_per_batch: int = Field(1, ge=1, description="optimizer steps into which a batch is cut")
-    epochs: int = Field(1, ge=1, description="passes over a batch")
-    tokens_per_micro_batch: int = Field(16384, ge=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 is off")
+    updates_per_batch: int = Field(default=1, ge=1, description="optimizer steps into which a batch is cut")
+    epochs: int = Field(default=1, ge=1, description="passes over a batch")
+    tokens_per_micro_batch: int = Field(default=16384, ge=1)
 
 
 class EvalSection(Section):
     """Held-out accuracy before, during and after."""
 
-    every: int = Field(20, ge=0, description="steps between evaluations; 0: only before and after")
+    every: int = Field(default=20, ge=0, description="steps between evaluations; 0: only before and after")
     split: Literal["dev", "test"] = "dev"
-    problems: int = Field(128, ge=1)
-    samples: int = Field(4, ge=1, description="samples a problem, at the sampling temperature")
-    max_rows: int = Field(512, ge=1)
+    problems: int = Field(default=128, ge=1)
+    samples: int = Field(default=4, ge=1, description="samples a problem, at the sampling temperature")
+    max_rows: int = Field(default=512, ge=1)
 
 
 class CheckpointSection(Section):
     """What survives a kill."""
 
-    every: int = Field(10, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=10, ge=1, description="steps between checkpoints")
+    keep: int = Field(default=2, ge=1)
 
 
 class LogSection(Section):
     """What is written."""
 
-    samples: bool = Field(True, description="every rollout to samples.jsonl")
+    samples: bool = Field(default=True, description="every rollout to samples.jsonl")
     tensorboard: bool = False
 
 
 class Run(Section):
     """A whole run."""
 
-    steps: int = Field(60, ge=1)
+    steps: int = Field(default=60, ge=1)
     seed: int = 0
-    out: str | None = Field(None, description="the run's directory; made from task, method and seed when left out")
+    out: str | None = Field(default=None, description="the run's directory; named after the run when left out")
     model: ModelSection = ModelSection()
     task: TaskSection = TaskSection()
     method: MethodSection = MethodSection()
@@ -169,7 +169,7 @@ def validate(data: Mapping[str, Any], source: str | None = None) -> Run:
         if first["type"] == "extra_forbidden":
             raise UserError(f"{where}'{'.'.join(path)}' is no setting{nearest(path[-1], _keys(path[:-1]))}") from None
         if first["type"] == "value_error":
-            raise UserError(where + str(first["ctx"]["error"])) from None
+            raise UserError(where + first["msg"].removeprefix("Value error, ")) from None
         raise UserError(f"{where}{'.'.join(path)}: {first['msg'].lower()}, not {first['input']!r}") from None
 
 

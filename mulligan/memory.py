@@ -26,7 +26,7 @@ class Memory:
 
     def get(self, name: str, default: Any) -> Any:
         """The state of this name, or the default when there is none yet."""
-        return self.get(name, default)
+        return self[name] if name in self else default
 
     def next_index(self) -> int:
         """The training problem at the cursor, which moves on by one."""

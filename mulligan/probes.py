@@ -13,6 +13,7 @@ from mulligan.errors import UserError
 from mulligan.evaluate import bootstrap, evaluate
 from mulligan.learner.packing import Item, micro_batches, pack
 from mulligan.learner.scoring import score
+from mulligan.models.loading import eos_id
 from mulligan.rollout import Ask, Attempt, fresh
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.tasks.base import Task
@@ -164,7 +165,7 @@ def alone(
     for name, context in contexts.items():
         items = []
         for problem in chosen:
-            response = (*tokenizer.encode(task.solution(problem), add_special_tokens=False), tokenizer.eos_token_id)
+            response = (*tokenizer.encode(task.solution(problem), add_special_tokens=False), eos_id(tokenizer))
             items.append(Item(context(problem), response, torch.ones(len(response), dtype=torch.bool), 1.0))
         total, count = 0.0, 0
         for indices in micro_batches([len(i) for i in items], 16384):

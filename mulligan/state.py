@@ -158,7 +158,7 @@ def unpack_optimizer(
         counts = f"{len(state['groups'])} parameter groups, the optimizer {len(optimizer.param_groups)}"
         raise UserError(f"the checkpoint has {counts}")
     used: set[str] = set()
-    fresh: dict[nn.Parameter, dict[str, Any]] = {}
+    fresh: dict[torch.Tensor, dict[str, Any]] = {}
 
     def unpack(value: Any, where: torch.device) -> Any:
         if isinstance(value, dict):

@@ -18,8 +18,7 @@ class Texts:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = task
         self.tokenizer = tokenizer
-        bos = tokenizer.bos_token_id
-        self._bos: Tokens = () if bos is None else (int(bos),)
+        self._bos: Tokens = () if tokenizer.bos_token_id is None else (bos_context(tokenizer),)
 
     def context(self, text: str) -> Tokens:
         """A prompt's tokens, behind BOS where the tokenizer has one."""

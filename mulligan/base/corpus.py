@@ -167,10 +167,11 @@ class Corpus:
         problem = task.problem("corpus", index)
         truth = task.true_steps(problem)
         # A failed chain, as in a diagnosis; every tenth may be right, so that "0" keeps a meaning.
-        for _ in range(1 if rng.random() < 0.1 else 20):
+        tries = 1 if rng.random() < 0.1 else 20
+        steps = truth
+        while tries and steps == truth:
             steps = write_chain(task, problem, self.rates, 1.0, rng)
-            if steps != truth:
-                break
+            tries -= 1
         if steps == truth and rng.random() < 0.5:
             steps = _slip(task, problem, rng)
         return Example(task.diagnosis(problem, steps), judge(truth, steps))

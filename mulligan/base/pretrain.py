@@ -28,6 +28,7 @@ from mulligan.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
+from mulligan.models.loading import bos_context, eos_id, output_head, save_model
 from mulligan.models.tokenizer import pico_tokenizer
 from mulligan.seeds import rng_of, seed_of
 
@@ -95,10 +96,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
     """Token ids of a row (BOS and EOS included) and the index of the first response token."""
-    assert tokenizer.bos_token_id is not None
-    context = [tokenizer.bos_token_id, *tokenizer.encode(example.context, add_special_tokens=False)]
+    context = [bos_context(tokenizer), *tokenizer.encode(example.context, add_special_tokens=False)]
     response = tokenizer.encode(example.response, add_special_tokens=False)
-    return [*context, *response, tokenizer.eos_token_id], len(context)
+    return [*context, *response, eos_id(tokenizer)], len(context)
 
 
 def pool_batches(
@@ -125,7 +125,7 @@ def batch_loss(
         tokens[i, : len(ids)] = torch.tensor(ids)
         scored[i, start - 1 : len(ids) - 1] = True
     targets = tokens.roll(-1, 1)[scored]
-    head = model.get_output_embeddings()
+    head = output_head(model)
     # Rows are padded on the right, so causal attention needs no mask.
     if model.config.model_type != "ouro":
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -208,6 +208,5 @@ def pretrain(recipe: Recipe, out: Path, *, every: int = 200, report: Any = print
             )
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model.eval()
-    model.save_pretrained(out / "model", safe_serialization=True)
-    tokenizer.save_pretrained(out / "model")
+    save_model(model, tokenizer, out / "model")
     return model

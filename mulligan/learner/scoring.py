@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mulligan.errors import UserError
 from mulligan.learner.packing import Batch
+from mulligan.models.loading import output_head
 
 CHUNK = 1 << 23  # logits alive at a time: 32 MiB of float32
 
@@ -83,7 +84,7 @@ def head_logprobs(
     With gradients on, a chunk's logits are computed again in the backward pass instead of being kept,
     unless everything fits into one chunk anyway.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from mulligan.errors import ContractError, UserError
 from mulligan.learner.packing import Batch, Item, micro_batches, pack
 from mulligan.learner.scoring import number_of_loops, score
 from mulligan.method import Method, Term
+from mulligan.models.loading import pad_id
 from mulligan.objective import REFERENCE, START, TokenView
 from mulligan.seeds import rng_of
 from mulligan.types import Metrics, Row, Sample, Stream
@@ -47,7 +48,7 @@ class Learner:
     ) -> None:
         self.model, self.optimizer, self.plan, self.rate = model, optimizer, plan, rate
         self.reference = reference
-        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.pad = pad_id(tokenizer)
         self.loops = number_of_loops(model)
         self.updates = 0  # optimizer steps so far
         self.guard: Callable[[], None] = lambda: None  # called right before weights change

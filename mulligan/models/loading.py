@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,9 +58,9 @@ def load_model(
         model = _load_weights(str(source), DTYPES[dtype], trust_remote_code)
         tokenizer = _load_tokenizer(str(source), trust_remote_code)
     largest = max(tokenizer.get_vocab().values())
-    if largest >= model.get_input_embeddings().num_embeddings:
+    if largest >= cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings:
         raise UserError(f"{source}: the tokenizer's largest id is {largest}, beyond the model's vocabulary")
-    return LoadedModel(model.to(where), tokenizer, name_or_path)
+    return LoadedModel(cast(Any, model).to(where), tokenizer, name_or_path)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -87,7 +88,29 @@ def bos_context(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if tokenizer.bos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no BOS; choose one")
-    return tokenizer.bos_token_id
+    return int(cast(Any, tokenizer.bos_token_id))
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that ends a response.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS")
+    return int(cast(Any, tokenizer.eos_token_id))
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that fills a batch; EOS where the tokenizer has no padding token (nothing ever reads it)."""
+    pad = cast(Any, tokenizer.pad_token_id)
+    return eos_id(tokenizer) if pad is None else int(pad)
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The LM head: hidden states in, logits out."""
+    return cast(torch.nn.Linear, model.get_output_embeddings())
 
 
 def _device(name: str) -> torch.device:
@@ -167,7 +190,7 @@ def _read_json(file: Path) -> dict:
 
 def _load_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
@@ -175,6 +198,7 @@ def _load_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> P
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
+        model, info = loaded
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mulligan.errors import UserError
 
@@ -301,8 +301,8 @@ class LoopedPreTrainedModel(PreTrainedModel):
     config_class = LoopedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["LoopedLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["LoopedLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -331,6 +331,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self.norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.early_exit_gate = nn.Linear(config.hidden_size, 1)
         self.gradient_checkpointing = False
+        self.rope_theta = float((config.rope_parameters or {})["rope_theta"])
         self.post_init()
 
     def forward(
@@ -438,7 +439,7 @@ class LoopedModel(LoopedPreTrainedModel):
         size = self.config.head_dim
         wide = _wide(x)
         exponents = torch.arange(0, size, 2, device=x.device, dtype=wide) / -size
-        angles = positions[..., None, None].to(wide) * self.config.rope_parameters["rope_theta"] ** exponents
+        angles = positions[..., None, None].to(wide) * self.rope_theta**exponents
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B or 1, T, 1, head_dim / 2]
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -470,7 +471,9 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
     """The looped model with its LM head; ``generate`` works, and takes ``num_loops``."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
 
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__(config)

@@ -9,6 +9,7 @@ splits and the company a row keeps cannot change it.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,7 @@ class _Outputs:
     """What a wave has drawn; rows in the wave's order, columns are steps."""
 
     tokens: Tensor  # int64 [rows, steps]; whatever stands after a row's length is meaningless
-    logprobs: Tensor  # float32 [rows, steps]
+    logprobs: Tensor  # float32 [rows, steps]; as for tokens
     length: Tensor  # int64 [rows]
     stopped: Tensor  # bool [rows]
 
@@ -206,17 +207,14 @@ class EmbeddedSampler:
         draws = sorted(draws, key=lambda draw: place[draw[0].prompt])
         logits, cache = self._prefill(prompts, self._tensor([place[order.prompt] for order, _ in draws]))
         outputs = self._decode(draws, logits, cache)
-        if not bool(outputs.logprobs.isfinite().all()):
-            row = int(outputs.logprobs.isfinite().all(1).logical_not().nonzero()[0])
-            raise UserError(f"the model's logits for {draws[row][0].request.problem.uid} are not finite numbers")
-        tokens, logprobs = outputs.tokens.tolist(), outputs.logprobs.tolist()
-        for row, (length, stopped) in enumerate(
-            zip(outputs.length.tolist(), outputs.stopped.tolist(), strict=True),
-        ):
-            order, attempt = draws[row]
+        columns = (outputs.tokens, outputs.logprobs, outputs.length, outputs.stopped)
+        rows = zip(draws, *(column.tolist() for column in columns), strict=True)
+        for (order, attempt), tokens, logprobs, length, stopped in rows:
+            if not math.isfinite(sum(logprobs[:length])):
+                raise UserError(f"the model's logits for {order.request.problem.uid} are not finite numbers")
             order.completions[attempt] = Completion(
-                tokens=tuple(tokens[row][:length]),
-                behavior_logprobs=tuple(logprobs[row][:length]),
+                tokens=tuple(tokens[:length]),
+                behavior_logprobs=tuple(logprobs[:length]),
                 finish="stop" if stopped else "length",
             )
             self.stats["decode_tokens"] += length
@@ -294,7 +292,6 @@ class EmbeddedSampler:
             if self.context_length is not None:
                 # Rows that finished here but are not packed away yet must not run past a position table.
                 rows.position.clamp_(max=self.context_length - 1)
-        _forget_after(outputs)
         return outputs
 
     def _rows(self, draws: list[_Draw]) -> _Rows:
@@ -366,11 +363,11 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
 
 def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    # Below the total even after rounding, so that the first entry above it exists and has risen there.
-    threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # Above 0 and, also after rounding, at most the total: so the first entry that reaches the threshold
+    # exists and is higher than the one before it.
+    threshold = uniform[:, None] * cdf[:, -1:]
     # The clamp is for NaN alone: such a row is reported at the end of the wave and must not crash before.
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_(max=logprobs.shape[1] - 1)
+    return torch.searchsorted(cdf, threshold).squeeze(1).clamp_(max=logprobs.shape[1] - 1)
 
 
 def _fill_holes(finished: Tensor, live: int) -> Tensor:
@@ -378,12 +375,6 @@ def _fill_holes(finished: Tensor, live: int) -> Tensor:
     index = torch.arange(live, device=finished.device)
     index[finished[:live]] = (~finished[live:]).nonzero().squeeze(1) + live
     return index
-
-
-def _forget_after(outputs: _Outputs) -> None:
-    """Zeroes the log-probs after each row's end, so that only what is returned is checked."""
-    step = torch.arange(outputs.logprobs.shape[1], device=outputs.length.device)
-    outputs.logprobs.masked_fill_(step >= outputs.length[:, None], 0.0)
 
 
 def _groups(lengths: list[int], split: bool) -> Iterator[tuple[int, int]]:
@@ -409,7 +400,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _check_settings(who: str, temperature: float, max_new_tokens: int, stop: tuple[str, ...]) -> None:
-    if not 0 <= temperature < float("inf"):
+    if not 0 <= temperature < math.inf:
         raise UserError(f"{who}: temperature is {temperature}, but must be a number of at least 0")
     if max_new_tokens < 1:
         raise UserError(f"{who}: max_new_tokens is {max_new_tokens}, but must be at least 1")

@@ -23,7 +23,7 @@ class BooleanSettings(TaskSettings):
     """``level`` is the number of operators. Level 1 draws one or two: there are only 10 expressions with one operator,
     too few to give every split its own."""
 
-    level: int = Field(3, ge=1, le=6)
+    level: int = Field(default=3, ge=1, le=6)
 
 
 class Boolean(GeneratedTask):

@@ -30,11 +30,11 @@ LEVELS: dict[int, tuple[int, int]] = {1: (1, 2), 2: (2, 3), 3: (3, 5), 4: (5, 7)
 class ChainSettings(TaskSettings):
     """Settings of ``chain``. ``min_steps`` and ``max_steps`` override what the level says."""
 
-    level: int = Field(3, ge=1, le=max(LEVELS))
-    min_steps: int | None = Field(None, ge=1, le=99)
-    max_steps: int | None = Field(None, ge=1, le=99)
-    registers: int = Field(3, ge=1, le=len(REGISTERS))
-    modulus: int = Field(10, ge=3, le=100)
+    level: int = Field(default=3, ge=1, le=max(LEVELS))
+    min_steps: int | None = Field(default=None, ge=1, le=99)
+    max_steps: int | None = Field(default=None, ge=1, le=99)
+    registers: int = Field(default=3, ge=1, le=len(REGISTERS))
+    modulus: int = Field(default=10, ge=3, le=100)
     answer: Literal["all", "one"] = "all"
 
     @property

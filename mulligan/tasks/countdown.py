@@ -40,9 +40,9 @@ Move = tuple[int, str, int, int]  # a, operator, b, result
 class CountdownSettings(TaskSettings):
     """``level`` + 1 numbers from 1 to ``largest``; the result of every step lies in 0..``limit``."""
 
-    level: int = Field(2, ge=1, le=4)
-    largest: int = Field(9, ge=2, le=999)
-    limit: int = Field(99, ge=2, le=9999)
+    level: int = Field(default=2, ge=1, le=4)
+    largest: int = Field(default=9, ge=2, le=999)
+    limit: int = Field(default=99, ge=2, le=9999)
 
     @model_validator(mode="after")
     def _numbers_within_limit(self) -> CountdownSettings:

@@ -37,7 +37,7 @@ class JsonlSettings(TaskSettings):
     path: str = Field(min_length=1)
     prompt_column: str | None = None
     answer_column: str | None = None
-    step_delimiter: str = Field("\n\n", min_length=1)
+    step_delimiter: str = Field(default="\n\n", min_length=1)
 
 
 class Jsonl(Task):

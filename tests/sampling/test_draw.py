@@ -38,6 +38,15 @@ def test_the_largest_uniform_stays_in_a_large_vocabulary():
     assert (logits.gather(1, token[:, None]) > -math.inf).all()
 
 
+def test_a_threshold_that_rounds_to_the_total_stays_possible():
+    logits = torch.randn(2000, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 6:] = -math.inf
+    total = logits.log_softmax(-1).exp().cumsum(-1, dtype=torch.float64)[:, -1]
+    assert (LARGEST * total == total).any()
+    token, _ = draw(logits, torch.ones(2000), torch.full((2000,), LARGEST, dtype=torch.float64))
+    assert token.max() <= 5
+
+
 def test_zero_temperature_is_the_first_maximum_at_temperature_one():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     for temperature in (torch.zeros(2), torch.tensor([0.0, 0.5])):
