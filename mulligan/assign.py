@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mulligan.context import CONTEXTS
-from mulligan.errors import ContractError
+from mulligan.errors import ContractError, nearest
 from mulligan.method import Method
 from mulligan.objective import START
 from mulligan.texts import Texts
@@ -24,14 +24,18 @@ def assign(method: Method, forest: Forest, texts: Texts, fill: Fill, max_new_tok
         fill: computes declared streams (``Learner.fill_streams``).
 
     Raises:
-        ContractError: an advantage or reward that is missing, misshapen or not finite; names the method.
+        ContractError: an advantage, reward or mask that is missing, misshapen or not finite; names the method.
     """
     out: list[Row] = []
     for index, term in enumerate(method.terms):
         rows = term.select(forest)
 
         def context_of(row: Row, name: str) -> Tokens:
-            return row.context if name == "learner" else CONTEXTS[name].build(row.sample, texts)
+            if name == "learner":
+                return row.context
+            if name not in CONTEXTS:
+                raise ContractError(f"{method.name}: a stream's context '{name}' is unknown{nearest(name, CONTEXTS)}")
+            return CONTEXTS[name].build(row.sample, texts)
 
         for row in rows:
             row.term = index
@@ -60,6 +64,13 @@ def assign(method: Method, forest: Forest, texts: Texts, fill: Fill, max_new_tok
                 row.advantages = torch.where(own, float(advantage), 0.0)
             if not bool(torch.isfinite(row.advantages).all()):
                 raise ContractError(f"{method.name}: an advantage of {row.sample.request.problem.uid} is not finite")
-            row.mask = own if len(row.mask) == 0 else row.mask & own
+            if len(row.mask) == 0:
+                row.mask = own
+            elif row.mask.shape != (length,) or row.mask.dtype != torch.bool:
+                raise ContractError(
+                    f"{method.name}: a mask is {row.mask.dtype} {tuple(row.mask.shape)}, not torch.bool ({length},)"
+                )
+            else:
+                row.mask = row.mask & own
             out.append(row)
     return out

@@ -7,10 +7,12 @@ that is computed and never arrives in the loss is how a method fails silently.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from mulligan.assign import assign
+from mulligan.assign import Fill, assign
 from mulligan.errors import ContractError
 from mulligan.method import Method, Term
 from mulligan.objective import TokenView
@@ -71,29 +73,50 @@ def check_schedule(
     lines = []
     for method in schedule.methods:
         forest = fake_forest(task, texts, problems)
-        filled: set[str] = set()
-        rows = assign(method, forest, texts, _fake_fill(filled), max_new_tokens)
+        read: list[set[str]] = [set() for _ in method.terms]
+        for term in method.terms:
+            check_loops(method, term, loops)
+        rows = assign(method, forest, texts, _fake_fill(method, read), max_new_tokens)
         for index, term in enumerate(method.terms):
+            unread = [s.name for s in term.credit.reads if s.name not in read[index]]
+            if unread:
+                raise ContractError(f"{method.name}: its credit declares '{unread[0]}' but never reads it")
             check_term(method, term, [row for row in rows if row.term == index], max_new_tokens, loops)
         streams = sorted({s.name for t in method.terms for s in (*t.reads, *t.credit.reads)})
         lines.append(f"{method.name}: {len(rows)} rows; streams: {', '.join(['policy_logprobs', *streams])}")
     return lines
 
 
+def check_loops(method: Method, term: Term, loops: int) -> None:
+    """Every loop that the term reads is one that the model runs."""
+    named = term.readout.loops
+    if loops == 1 and (named is not None or term.readout.exits):
+        raise ContractError(f"{method.name}: its readout reads loops, but the model runs 1 (it has no loops)")
+    for loop in named or ():
+        if not 1 <= loop <= loops:
+            raise ContractError(f"{method.name}: its readout reads loop {loop}, but the model runs {loops}")
+    if named is not None and (not named or named[-1] != loops):
+        raise ContractError(
+            f"{method.name}: its readout reads loops {named}, but the last one must be the model's last, {loops}: "
+            "ratios and regularisers are taken there"
+        )
+    for stream in (*term.reads, *term.credit.reads):
+        if (stream.loop or 1) > loops or (loops == 1 and (stream.loop or stream.quantity == "exit_probability")):
+            where = " (it has no loops)" if loops == 1 else ""
+            raise ContractError(f"{method.name}: reads '{stream.name}', but the model runs {loops}{where}")
+
+
 def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int, loops: int) -> None:
     """One term on its rows: every declared stream is read, every loss is one finite number a token, and
-    advantages reach the gradient."""
-    if not rows:
-        raise ContractError(f"{method.name}: its select and credit leave no row of a batch that holds every origin")
-    if term.readout.loops is not None and max(term.readout.loops) > loops:
+    the gradient comes from the advantages."""
+    n = sum(int(row.mask.sum()) for row in rows)
+    if not n:
         raise ContractError(
-            f"{method.name}: reads loop {max(term.readout.loops)}, but the model runs {loops}"
-            + (" (it has no loops)" if loops == 1 else "")
+            f"{method.name}: its select, credit and mask leave no token of a batch that holds every origin"
         )
     weights = term.aggregation(rows, max_new_tokens)
     if len(weights) != len(rows):
         raise ContractError(f"{method.name}: aggregation returned {len(weights)} weights for {len(rows)} rows")
-    n = sum(int(row.mask.sum()) for row in rows)
     generator = torch.Generator().manual_seed(0)
     leaf = (-torch.rand(n, generator=generator) - 0.1).requires_grad_()
     row_index = torch.cat([torch.full((int(row.mask.sum()),), i) for i, row in enumerate(rows)])
@@ -103,7 +126,7 @@ def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int,
         row=row_index,
         rows=rows,
         streams={s.name: -torch.rand(n, generator=generator) - 0.1 for s in term.reads},
-        policy_entropy=torch.rand(n, generator=generator) if term.entropy else None,
+        policy_entropy=torch.rand(n, generator=generator).requires_grad_() if term.entropy else None,
         exit_probabilities=torch.full((n, loops), 1 / loops) if term.readout.exits else None,
         owner=method.name,
     )
@@ -111,23 +134,65 @@ def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int,
     for part in (loss, *(r(view) for r in term.regularisers)):
         if part.shape != (n,) or not bool(torch.isfinite(part).all()):
             raise ContractError(f"{method.name}: a loss is not one finite number for each of the {n} trainable tokens")
-    unread = [s.name for s in term.reads if s.name not in view.read]
+    declared = [*(s.name for s in term.reads), *(["policy_entropy"] if term.entropy else [])]
+    unread = [name for name in declared if name not in view.read]
     if unread:
         raise ContractError(f"{method.name}: declares '{unread[0]}' but never reads it")
-    (slope,) = torch.autograd.grad(loss.sum(), leaf)
-    if bool((view.advantages != 0).any()) and not bool((slope != 0).any()):
+    slope = _slope(loss, leaf)
+    idle = _slope(term.surrogate(replace(view, advantages=torch.zeros(n))), leaf)
+    if not bool(torch.isfinite(slope).all()):
+        raise ContractError(f"{method.name}: the gradient of its surrogate is not finite")
+    if bool((view.advantages != 0).any()) and torch.equal(slope, idle):
         raise ContractError(f"{method.name}: its advantages never reach the gradient")
-    if len(list(term.readout.weights(view))) != len(term.readout.loops or (1,)):
+    if bool((idle != 0).any()):
+        raise ContractError(
+            f"{method.name}: its surrogate has a gradient where the advantage is 0, but the learner leaves such rows out"
+        )
+    readout = list(term.readout.weights(view))
+    if len(readout) != len(term.readout.loops or (1,)):
         raise ContractError(f"{method.name}: the readout gives a different number of weights than loops")
+    for weight in readout:
+        if isinstance(weight, torch.Tensor) and weight.shape not in ((), (n,)):
+            raise ContractError(f"{method.name}: a weight of the readout has shape {tuple(weight.shape)}, not ({n},)")
 
 
-def _fake_fill(filled: set[str]) -> Callable[[Sequence[Row], Sequence[Stream], Callable[[Row, str], Tokens]], None]:
+def _slope(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """d loss / d leaf; 0 where the loss does not depend on it at all."""
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf)
+    (slope,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if slope is None else slope
+
+
+class _Watched(dict[str, torch.Tensor]):
+    """A row's streams, noting which of them the credit reads."""
+
+    def __init__(self, owner: str, read: set[str]) -> None:
+        super().__init__()
+        self._owner, self._read = owner, read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise ContractError(f"{self._owner}: its credit reads '{name}' but does not declare it")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+
+def _fake_fill(method: Method, read: list[set[str]]) -> Fill:
+    """Fills streams without a model; ``read`` collects, for each term, what its credit reads."""
+
     def fill(rows: Sequence[Row], streams: Sequence[Stream], context_of: Callable[[Row, str], Tokens]) -> None:
+        for row in rows:
+            row.streams = _Watched(method.name, read[row.term])
         for stream in streams:
-            filled.add(stream.name)
             for row in rows:
                 if not context_of(row, stream.context):
-                    raise ContractError(f"stream '{stream.name}' has an empty context")
+                    raise ContractError(f"{method.name}: stream '{stream.name}' has an empty context")
                 row.streams[stream.name] = torch.full((len(row.tokens),), -0.7)
 
     return fill

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from mulligan.errors import ContractError, UserError
 from mulligan.types import Forest, Row, Sample, Stream
 
 Advantage = float | torch.Tensor | None
@@ -44,9 +45,16 @@ class Overlong:
 
     Args:
         buffer: tokens, or a share of ``max_new_tokens`` when below 1.
+
+    Raises:
+        UserError: a buffer that is not above 0.
     """
 
     buffer: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.buffer > 0:
+            raise UserError(f"the overlong penalty's buffer is {self.buffer}, but must be above 0")
 
     def __call__(self, sample: Sample, max_new_tokens: int) -> float:
         buffer = self.buffer if self.buffer >= 1 else self.buffer * max_new_tokens
@@ -64,7 +72,8 @@ def by_group(rows: Sequence[Row]) -> dict[int, list[int]]:
 
 
 def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    """The mean; never outside of the values, so that rounding gives equal rewards no deviation from it."""
+    return min(max(sum(values) / len(values), min(values)), max(values))
 
 
 def deviation(values: Sequence[float], ddof: int = 0) -> float:
@@ -124,15 +133,21 @@ class LeaveOneOut(GroupCredit):
     """RLOO (arXiv 2402.14740): ``r`` minus the mean of the others."""
 
     def of_group(self, rewards: list[float]) -> list[float]:
-        n, total = len(rewards), sum(rewards)
-        return [r - (total - r) / (n - 1) for r in rewards] if n > 1 else [0.0]
+        n, centre = len(rewards), mean(rewards)
+        return [(r - centre) * n / (n - 1) for r in rewards] if n > 1 else [0.0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeanNormalised(GroupCredit):
-    """MaxRL: ``(r - mean) / mean``, 0 where the mean is 0."""
+    """MaxRL (arXiv 2602.02710): ``(r - mean) / mean``, 0 where the mean is 0.
+
+    Raises:
+        ContractError: a reward below 0: a negative mean would turn every sign around.
+    """
 
     def of_group(self, rewards: list[float]) -> list[float]:
+        if min(rewards) < 0:
+            raise ContractError(f"MeanNormalised needs rewards of at least 0, but got {min(rewards)}")
         centre = mean(rewards)
         return [(r - centre) / centre if centre else 0.0 for r in rewards]
 
@@ -150,7 +165,7 @@ class RawReward(GroupCredit):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchNormalised(GroupCredit):
     """REINFORCE++ with group baseline (arXiv 2501.03262): centred in the group, then divided by the
-    standard deviation over all tokens' rows of the batch."""
+    standard deviation over all rows of the batch."""
 
     eps: float = 1e-6
 
@@ -160,6 +175,6 @@ class BatchNormalised(GroupCredit):
 
     def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
         centred = [float(a) for a in GroupCredit.__call__(self, rows, forest, max_new_tokens) if a is not None]
+        # The batch's mean is 0 already; taking it off again would only add rounding to groups without variance.
         scale = deviation(centred) + self.eps if centred else 1.0
-        shift = mean(centred) if centred else 0.0
-        return [(a - shift) / scale for a in centred]
+        return [a / scale for a in centred]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 
@@ -16,7 +17,10 @@ class Memory:
         self._pending: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        return self._pending[name] if name in self._pending else self._kept[name]
+        if name not in self._pending:
+            # A copy, so that a rollback forgets what was changed in place, too.
+            self._pending[name] = copy.deepcopy(self._kept[name])
+        return self._pending[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._pending or name in self._kept

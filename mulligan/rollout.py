@@ -133,8 +133,6 @@ class _Climb:
     def advance(self) -> list[Request]:
         """Runs until samples are wanted; the requests, or nothing when the passes have ended."""
         while True:
-            ready = bool(self.orders) and all(a is not None for a in self.answers)
-            answer = (self.answers[0] if self.single else self.answers) if ready else None
             try:
                 if self.generator is None:
                     self.at_pass += 1
@@ -144,7 +142,7 @@ class _Climb:
                     self.round = 0
                     asked = next(self.generator)
                 else:
-                    asked = self.generator.send(answer)
+                    asked = self.generator.send(self.answers[0] if self.single else self.answers)
             except StopIteration:
                 self.generator, self.orders, self.answers = None, [], []
                 continue

@@ -47,10 +47,11 @@ class Texts:
     def step_ends(self, tokens: Tokens) -> list[int]:
         """For each step of a response the index just behind its last token. Boundaries are token indices;
         the text is never tokenised again. A token that straddles two steps belongs to the first."""
-        lengths = [len(self.decode(tokens[:k])) for k in range(len(tokens) + 1)]
+        text = self.decode(tokens)
         ends, at = [], 0
-        for end in accumulate(len(step) for step in self.task.split_steps(self.decode(tokens))):
-            while lengths[at] < end:
+        for end in accumulate(len(step) for step in self.task.split_steps(text)):
+            # By text and not by length: half a character decodes to one character too, a wrong one.
+            while not self.decode(tokens[:at]).startswith(text[:end]):
                 at += 1
             ends.append(at)
         if ends:

@@ -172,6 +172,10 @@ class Forest:
         return [s for t in self.trees for s in t.samples]
 
 
+QUANTITIES = ("logprobs", "entropy", "exit_probability")
+MODELS = ("policy", "start", "reference", "behavior")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """A quantity per response token, from a named model in a named context at one loop.
@@ -179,12 +183,25 @@ class Stream:
     Example: the learner's own log-prob before the batch's first update, given the hinted prompt,
     is ``Stream(quantity="logprobs", model="start", context="sampling")``, named
     ``start_logprobs@sampling``.
+
+    Raises:
+        ValueError: a quantity, model or loop that does not exist; it must not be taken for the default.
     """
 
     quantity: str = "logprobs"  # logprobs | entropy | exit_probability
     model: str = "start"  # policy | start | reference | behavior
     context: str = "learner"  # learner (the term's own context) | sampling | prompt | nothing
     loop: int | None = None  # 1-based; None is the last loop that is run
+
+    def __post_init__(self) -> None:
+        if self.quantity not in QUANTITIES:
+            raise ValueError(f"stream '{self.name}': quantity must be one of {', '.join(QUANTITIES)}")
+        if self.model not in MODELS:
+            raise ValueError(f"stream '{self.name}': model must be one of {', '.join(MODELS)}")
+        if self.loop is not None and self.loop < 1:
+            raise ValueError(f"stream '{self.name}': loops count from 1")
+        if self.model == "behavior" and (self.quantity != "logprobs" or self.loop is not None):
+            raise ValueError(f"stream '{self.name}': the sampler gives the log-probs of the last loop alone")
 
     @property
     def name(self) -> str:

@@ -52,7 +52,7 @@ def score(
         num_loops: how many loops to run; None is the model's own setting.
 
     Raises:
-        UserError: loops or exits of a model that has none.
+        UserError: loops or exits of a model that has none, or a loop that is not run.
     """
     if not is_looped(model):
         if loops is not None or exits or num_loops is not None:
@@ -62,6 +62,9 @@ def score(
         exit_probabilities = None
     else:
         several = loops is not None or exits
+        run = number_of_loops(model) if num_loops is None else num_loops
+        if loops is not None and not all(1 <= loop <= run for loop in loops):
+            raise UserError(f"loops {loops} cannot be read: the model runs loops 1 to {run}")
         out = model.base_model(input_ids=batch.tokens, use_cache=False, output_loops=several, num_loops=num_loops)
         if loops is None:
             hidden = [_at(out.last_hidden_state, batch)]
@@ -88,7 +91,8 @@ def head_logprobs(
     softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        logits = head(h).float()
+        logits = head(h)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits  # float64 models stay as they are
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits / temperature[:, None]

@@ -86,7 +86,13 @@ class Learner:
 
     def score_samples(self, samples: Sequence[Sample], stream: Stream) -> list[torch.Tensor]:
         """A stream on samples, for a pass that asks: float32 [T] each. "learner" and "sampling" both mean the
-        context that the sampler saw."""
+        context that the sampler saw.
+
+        Raises:
+            ContractError: another context; only a term's rows have those.
+        """
+        if stream.context not in ("learner", "sampling"):
+            raise ContractError(f"stream '{stream.name}': a pass can score in the sampler's context alone")
         rows = [Row(sample=s, context=s.request.context, group=s.group) for s in samples]
         self.fill_streams(rows, [stream], lambda row, _: row.context)
         return [row.streams[stream.name] for row in rows]
@@ -131,15 +137,18 @@ class Learner:
         several = plan.epochs * plan.updates_per_batch > 1
         if several and any(START in term.reads for term in method.terms):
             self.fill_streams(rows, [START], lambda row, _: row.context)
-        groups = list(dict.fromkeys(row.group for row in rows))
         records: list[Metrics] = []
-        for epoch in range(plan.epochs):
-            order = list(groups)
-            if several:
-                rng_of(plan.seed, "minibatches", step, epoch).shuffle(order)
-            for part in range(plan.updates_per_batch):
-                chosen = set(order[part :: plan.updates_per_batch])
-                records.append(self._step([r for r in rows if r.group in chosen], method, fresh=not records, step=step))
+        try:
+            for epoch in range(plan.epochs):
+                order = sorted({row.group for row in rows})  # not in the rows' order, which must not matter
+                if several:
+                    rng_of(plan.seed, "minibatches", step, epoch).shuffle(order)
+                for part in range(plan.updates_per_batch):
+                    chosen = set(order[part :: plan.updates_per_batch])
+                    mine = [row for row in rows if row.group in chosen]
+                    records.append(self._step(mine, method, fresh=not records, step=step))
+        finally:
+            self.model.eval()
         keys = dict.fromkeys(k for r in records for k in r)
         return {k: sum(r[k] for r in records if k in r) / sum(k in r for r in records) for k in keys}
 
@@ -175,7 +184,6 @@ class Learner:
         self.guard()
         self.optimizer.step()
         self.updates += 1
-        self.model.eval()
         return {**tally.metrics(), "update/gradient_norm": float(norm), "update/learning_rate": rate}
 
     def _micro_batch(
@@ -197,7 +205,7 @@ class Learner:
                 streams[stream.name] = last.detach()
             else:
                 streams[stream.name] = flat([require(row, stream, owner) for row in rows])
-        token_weights = torch.tensor(weights, device=self.device)[batch.row]
+        token_weights = torch.tensor(weights, dtype=last.dtype, device=self.device)[batch.row]
         shared = {
             "advantages": flat([row.advantages for row in rows]),
             "row": batch.row,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -30,7 +31,7 @@ class GrowingSlot(CacheLayerMixin):
         self.room = room
         self.rows = 0
         self.length = 0
-        self._buffers: tuple[torch.Tensor, torch.Tensor] = (torch.empty(0), torch.empty(0))
+        self._buffers: list[torch.Tensor] = []  # of keys and of values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates for states ``[rows, heads, new, head_dim]``, and ``room`` more columns."""
@@ -38,7 +39,7 @@ class GrowingSlot(CacheLayerMixin):
 
     def allocate(self, keys: torch.Tensor, values: torch.Tensor, *, rows: int, capacity: int) -> None:
         """Uninitialised buffers with the heads, widths, type and device of ``keys`` and ``values``."""
-        self._buffers = tuple(like.new_empty(rows, like.shape[1], capacity, like.shape[3]) for like in (keys, values))
+        self._buffers = [like.new_empty(rows, like.shape[1], capacity, like.shape[3]) for like in (keys, values)]
         self.rows = rows
         self.is_initialized = True
 
@@ -51,11 +52,9 @@ class GrowingSlot(CacheLayerMixin):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self._buffers[0].shape[2]:
             self._grow(start)
-        keys, values = self._buffers
-        keys[: self.rows, :, start : self.length] = key_states
-        values[: self.rows, :, start : self.length] = value_states
-        self._show()
-        return self.keys, self.values
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, start : self.length] = states
+        return self._show()
 
     def put(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fills these rows with states that end at the last column in use; what is left of them becomes zero.
@@ -84,8 +83,10 @@ class GrowingSlot(CacheLayerMixin):
         for new, buffer in zip(self._buffers, old, strict=True):
             new[:, :, :used] = buffer[: self.rows, :, :used]
 
-    def _show(self) -> None:
-        self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self._buffers)
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[: self.rows, :, : self.length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.length
@@ -108,7 +109,8 @@ class GrowingCache(Cache):
     """
 
     def __init__(self, room: int = 64):
-        super().__init__(layer_class_to_replicate=partial(GrowingSlot, room))
+        # transformers calls this as a class, without arguments, when a slot is first updated.
+        super().__init__(layer_class_to_replicate=cast(type[GrowingSlot], partial(GrowingSlot, room)))
 
     @classmethod
     def join(cls, parts: Sequence[tuple[GrowingCache, torch.Tensor]], room: int = 64) -> GrowingCache:
@@ -145,11 +147,11 @@ class GrowingCache(Cache):
         rows from the end costs least. Memory is given back at the next growth.
         """
         targets = (index != torch.arange(len(index), device=index.device)).nonzero().squeeze(1)
-        for slot in self.layers:
+        for slot in cast(list[GrowingSlot], self.layers):
             slot.move(index[targets], targets, len(index))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """transformers' name for :meth:`keep`, so that callers can treat all caches alike."""
+        """transformers' name for :meth:`keep`."""
         self.keep(beam_idx)
 
 
@@ -158,6 +160,16 @@ def can_grow(config: PreTrainedConfig) -> bool:
 
     True where every layer attends to keys and values of its own. Models with recurrent or convolutional
     states, shared caches or index caches need transformers' ``DynamicCache(config=config)`` instead, which
-    lacks :meth:`GrowingCache.join` but can be forked and packed with ``reorder_cache``.
+    lacks :meth:`GrowingCache.join` but can be forked and packed with :func:`select_rows`.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+
+
+def select_rows(cache: Cache, index: torch.Tensor) -> None:
+    """Makes row ``index[j]`` row j, in any cache of transformers.
+
+    Args:
+        cache: a :class:`GrowingCache`, which cannot gain rows this way, or any other, which can.
+        index: int64 [n].
+    """
+    cache.reorder_cache(cast(torch.LongTensor, index))

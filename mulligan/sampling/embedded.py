@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from mulligan.errors import UserError
 from mulligan.sampling import OnDone
-from mulligan.sampling.cache import GrowingCache, can_grow
+from mulligan.sampling.cache import GrowingCache, can_grow, select_rows
 from mulligan.sampling.stops import StopFinder
 from mulligan.seeds import uniforms
 from mulligan.types import Completion, Request, Tokens
 
 _PREFILL_TOKENS = 16_384  # padded tokens in one prefill; a longer prompt goes alone
+_ROOM = 128  # columns of the cache that are allocated ahead at first
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
 _COMPACT_AT = 1 / 16  # of the live rows finished: packing them costs about as much as one step of keeping them
 
@@ -205,7 +207,8 @@ class EmbeddedSampler:
         prompts = sorted(dict.fromkeys(order.prompt for order, _ in draws), key=len)
         place = {prompt: i for i, prompt in enumerate(prompts)}
         draws = sorted(draws, key=lambda draw: place[draw[0].prompt])
-        logits, cache = self._prefill(prompts, self._tensor([place[order.prompt] for order, _ in draws]))
+        source = self._tensor([place[order.prompt] for order, _ in draws])
+        logits, cache = self._prefill(prompts, source, room=max(order.limit for order, _ in draws))
         outputs = self._decode(draws, logits, cache)
         columns = (outputs.tokens, outputs.logprobs, outputs.length, outputs.stopped)
         rows = zip(draws, *(column.tolist() for column in columns), strict=True)
@@ -221,19 +224,19 @@ class EmbeddedSampler:
         self.stats["waves"] += 1
         self.stats["samples"] += len(draws)
 
-    def _prefill(self, prompts: list[Tokens], source: Tensor) -> tuple[Tensor, Cache]:
+    def _prefill(self, prompts: list[Tokens], source: Tensor, room: int) -> tuple[Tensor, Cache]:
         """Runs each prompt once and forks the results.
 
         Args:
             prompts: distinct, by rising length.
             source: int64 [rows], rising: the prompt of each row.
+            room: how many tokens will follow at most.
 
         Returns:
             float32 [rows, vocabulary] logits after the prompts, and the cache of the rows, padded on the left.
         """
-        parts: list[tuple[GrowingCache, Tensor]] = []
+        parts: list[tuple[Any, Tensor]] = []  # caches, each with the rows to take
         logits: list[Tensor] = []
-        cache: Cache = GrowingCache()
         for start, end in _groups([len(prompt) for prompt in prompts], split=self._grows):
             cache = GrowingCache(room=0) if self._grows else DynamicCache(config=self.model.config)
             width = len(prompts[end - 1])
@@ -244,12 +247,13 @@ class EmbeddedSampler:
             mask = (column >= 0).long() if pads[0] else None
             rows = source[(source >= start) & (source < end)] - start
             logits.append(self._forward(ids, column.clamp(min=0), mask, cache).index_select(0, rows))
-            if isinstance(cache, GrowingCache):
-                parts.append((cache, rows))
-            else:
-                cache.reorder_cache(rows)  # transformers' caches fork by selecting rows, too
+            parts.append((cache, rows))
             self.stats["prefill_tokens"] += sum(map(len, prompts[start:end]))
-        return torch.cat(logits), GrowingCache.join(parts) if parts else cache
+        if self._grows:
+            return torch.cat(logits), GrowingCache.join(parts, room=min(room, _ROOM))
+        ((cache, rows),) = parts
+        select_rows(cache, rows)
+        return torch.cat(logits), cache
 
     def _decode(self, draws: list[_Draw], logits: Tensor, cache: Cache) -> _Outputs:
         """Draws tokens until every row has finished; ``logits`` are those after the prompts."""
@@ -283,7 +287,7 @@ class EmbeddedSampler:
             if gone >= max(1.0, _COMPACT_AT * len(token)):
                 index = _fill_holes(rows.finished, len(token) - gone)
                 rows.keep(index)
-                cache.reorder_cache(index)
+                select_rows(cache, index)
                 token, gone = token[index], 0
             mask = None if rows.mask is None else rows.mask[:, : width + step + 1]
             logits = self._forward(token[:, None], rows.position[:, None], mask, cache)
@@ -363,8 +367,7 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
 
 def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    # Above 0 and, also after rounding, at most the total: so the first entry that reaches the threshold
-    # exists and is higher than the one before it.
+    # Above 0 and at most the total, so the first entry to reach it exists and is above the one before.
     threshold = uniform[:, None] * cdf[:, -1:]
     # The clamp is for NaN alone: such a row is reported at the end of the wave and must not crash before.
     return torch.searchsorted(cdf, threshold).squeeze(1).clamp_(max=logprobs.shape[1] - 1)
@@ -389,14 +392,16 @@ def _groups(lengths: list[int], split: bool) -> Iterator[tuple[int, int]]:
 
 def _accepted(model: PreTrainedModel) -> set[str]:
     """The keywords of the model's forward; an adapter's wrapper takes what the model inside it takes."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    inside: Any = unwrap() if callable(unwrap) else model
     return set(inspect.signature(inside.forward).parameters)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[Any] = [tokenizer.eos_token_id]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(configured if isinstance(configured, list | tuple) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
+    ids += configured if isinstance(configured, list | tuple) else [configured]
+    return sorted({i for i in ids if i is not None})
 
 
 def _check_settings(who: str, temperature: float, max_new_tokens: int, stop: tuple[str, ...]) -> None:

@@ -55,10 +55,11 @@ class ScriptedSampler:
         text, finish = (line, "stop") if isinstance(line, str) else line
         if finish not in ("stop", "length"):
             raise UserError(f"the script's finish is '{finish}', but must be 'stop' or 'length'")
-        tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
-        if finish == "stop" and self.tokenizer.eos_token_id is not None:
-            tokens.append(self.tokenizer.eos_token_id)
-        return Completion(tokens=tuple(tokens), behavior_logprobs=(LOGPROB,) * len(tokens), finish=finish)
+        tokens = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        eos = self.tokenizer.eos_token_id
+        if finish == "stop" and isinstance(eos, int):
+            tokens += (eos,)
+        return Completion(tokens=tokens, behavior_logprobs=(LOGPROB,) * len(tokens), finish=finish)
 
 
 def _reader(script: Mapping[str, Sequence[Line]]) -> Callable[[Request, int], Line]:
