@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -42,10 +41,12 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and check everything, train nothing.")] = False,
 ) -> None:
     """Train a model with reinforcement learning."""
+    from mulligan.checkpoint import list_checkpoints
     from mulligan.config import load_run, to_toml
     from mulligan.console import ConsoleReporter, tell_result
     from mulligan.log import METRICS, read_metrics
     from mulligan.report.curve import plot_curve
+    from mulligan.rundir import CHECKPOINTS
     from mulligan.session import prepare
     from mulligan.train import train as run_training
 
@@ -58,8 +59,8 @@ def train(
         for note in session.notes:
             out.print(f"# contract holds: {note}", highlight=False, markup=False, soft_wrap=True)
         return
-    if resume and not (session.run.directory / "checkpoints").is_dir():
-        out.print(f"{session.run.directory} has no checkpoint yet: starting fresh", soft_wrap=True)
+    if resume and not list_checkpoints(run.directory / CHECKPOINTS):
+        out.print(f"{run.directory} has no checkpoint yet: starting fresh", markup=False, soft_wrap=True)
     reporter = ConsoleReporter(out)
     curve = run.directory / "curve.png"
     try:
@@ -94,9 +95,12 @@ def evaluate_command(
     """Measure a model on held-out problems."""
     from mulligan.evalcli import run_evaluation
 
+    given = overrides or []
+    if "=" in model and not Path(model).is_dir():  # the model was left out
+        model, given = "pico", [model, *given]
     report = run_evaluation(
         model,
-        overrides or [],
+        given,
         task=task,
         split=split,
         problems=problems,
@@ -185,11 +189,11 @@ def export(
     from mulligan.models.loading import save_model
     from mulligan.rundir import load_run_model
 
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{to} is not empty")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} is {'not empty' if to.is_dir() else 'a file'}")
     loaded, _ = load_run_model(run)
     save_model(loaded.model, loaded.tokenizer, to)
-    out.print(f"{to}: AutoModelForCausalLM.from_pretrained({str(to)!r})", highlight=False, soft_wrap=True)
+    out.print(f"{to}: AutoModelForCausalLM.from_pretrained({str(to)!r})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -213,12 +217,14 @@ def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
 def _settings(model: Any) -> dict[str, Any]:
     schema = model.model_json_schema()["properties"]
     return {
-        k: {"default": v.get("default"), "type": v.get("type") or "choice"} | _choices(v) for k, v in schema.items()
+        k: {"default": v.get("default"), "type": _type(v)} | ({"choices": v["enum"]} if "enum" in v else {})
+        for k, v in schema.items()
     }
 
 
-def _choices(field: dict[str, Any]) -> dict[str, Any]:
-    return {"choices": field["enum"]} if "enum" in field else {}
+def _type(field: dict[str, Any]) -> str:
+    """``integer``, or ``integer or null`` where there are several."""
+    return " or ".join(_type(kind) for kind in field["anyOf"]) if "anyOf" in field else str(field.get("type", "any"))
 
 
 def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -261,14 +267,20 @@ def main() -> None:
     from mulligan.stopping import Stopped
 
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(" ".join(str(error).split("\n")), 2)
     except Stopped as stopped:
-        _fail(f"{stopped}: the last completed step is saved; --resume goes on", stopped.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(141) from None
+        _fail(f"{stopped}: every completed step is saved; --resume goes on", stopped.exit_code)
+    except Exception as error:
+        # An unknown option or a wrong type. Which package holds the class of these depends on typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(error.format_message().split())
+        if not message:  # no arguments at all: the help is printed already
+            raise SystemExit(2) from None
+        _fail(message, 2)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

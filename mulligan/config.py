@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,15 +15,15 @@ from mulligan.files import reason
 
 
 class Section(BaseModel):
-    """One TOML section; unknown keys are refused."""
+    """One TOML section; unknown keys are refused, and so is any conversion between types but int to float."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class OpenSection(BaseModel):
     """A section with keys of its own beside ``name``: a task's or a method's settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,6 +63,9 @@ class SamplingSection(Section):
     draws: int = Field(default=10, ge=1, description="dynamic sampling draws at most this often `prompts`")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """How rows become updates."""
 
@@ -70,7 +73,7 @@ class OptimizerSection(Section):
     warm_up: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
     decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="to a tenth, over all steps")
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)  # TOML's arrays come as lists
     eps: float = Field(default=1e-8, gt=0)
     clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 is off")
     updates_per_batch: int = Field(default=1, ge=1, description="optimizer steps into which a batch is cut")
@@ -142,7 +145,7 @@ def load_run(file: Path | None, overrides: Sequence[str] = (), flags: Mapping[st
     Raises:
         UserError: one line that names the file, the key and the nearest valid key.
     """
-    data = _read_toml(file) if file is not None else {}
+    data = read_toml(file) if file is not None else {}
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:
@@ -170,7 +173,11 @@ def validate(data: Mapping[str, Any], source: str | None = None) -> Run:
             raise UserError(f"{where}'{'.'.join(path)}' is no setting{nearest(path[-1], _keys(path[:-1]))}") from None
         if first["type"] == "value_error":
             raise UserError(where + first["msg"].removeprefix("Value error, ")) from None
-        raise UserError(f"{where}{'.'.join(path)}: {first['msg'].lower()}, not {first['input']!r}") from None
+        if first["type"] == "model_type":
+            keys = ", ".join(f"{path[-1]}.{key}" for key in _keys(path))
+            raise UserError(f"{where}'{path[-1]}' is a section, not {first['input']!r} (known: {keys})") from None
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{where}{'.'.join(path)}: {message}, not {first['input']!r}") from None
 
 
 def resolve(run: Run, method_settings: Mapping[str, Any], task_settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,13 +217,21 @@ def to_toml(data: Mapping[str, Any]) -> str:
     for table, body in [("", {k: v for k, v in data.items() if k not in tables}), *tables.items()]:
         if table:
             lines += ["", f"[{table}]"]
-        lines += [
-            f"# {k}: not set" if v is None else f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in body.items()
-        ]
+        lines += [f"# {k}: not set" if v is None else f"{k} = {_toml_value(v)}" for k, v in body.items()]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
+def _toml_value(value: Any) -> str:
+    """JSON, but for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as nested dictionaries.
+
+    Raises:
+        UserError: it cannot be read; the message names the file and the line.
+    """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -45,10 +45,13 @@ class ConsoleReporter:
         self.console.print(
             f"{run.method.name} on {run.task.name}: {run.model.name} ({parameters / 1e6:.2f}M parameters), "
             f"{run.sampling.prompts} problems a step, {run.steps} steps, seed {run.seed}",
+            markup=False,
             soft_wrap=True,
         )
         self.console.print(
-            f"results in {run.directory}" + (f", going on from step {session.step}" if resumed else ""), soft_wrap=True
+            f"results in {run.directory}" + (f", going on from step {session.step}" if resumed else ""),
+            markup=False,
+            soft_wrap=True,
         )
         self._bar.update(self._task, total=run.steps, completed=session.step)
         if self.console.is_terminal:
@@ -109,7 +112,8 @@ def tell_result(console: Console, reporter: ConsoleReporter, curve: Path) -> Non
     if reporter.before and reporter.after:
         told = {"before": reporter.before[0], "after": reporter.after[0]}
         table = Table(title="held-out problems", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for column in ("", "accuracy [95 %]", "none of 8", "steps right", "tokens"):
+        few = min(8, session.run.eval.samples)
+        for column in ("", "accuracy [95 %]", f"none of {few}", "steps right", "tokens"):
             table.add_column(column, justify="left" if not column else "right")
         for name, n in told.items():
             steps = f"{n['process_correct']:.3f}" if "process_correct" in n else "-"
@@ -121,8 +125,8 @@ def tell_result(console: Console, reporter: ConsoleReporter, curve: Path) -> Non
         for old, new in zip(reporter.before[1], reporter.after[1], strict=True):
             console.print(_rollouts(session, old, new))
     directory = session.run.directory
-    console.print(f"run    {directory}", soft_wrap=True)
-    console.print(f"curve  {curve}", soft_wrap=True)
+    console.print(f"run    {directory}", markup=False, soft_wrap=True)
+    console.print(f"curve  {curve}", markup=False, soft_wrap=True)
     console.print("\nTry next:", style="bold")
     for line in (
         f"mulligan eval {directory} --split test --samples 8",
@@ -130,7 +134,7 @@ def tell_result(console: Console, reporter: ConsoleReporter, curve: Path) -> Non
         "mulligan train task.level=4    # longer chains" if session.run.task.name == "chain" else "mulligan tasks",
         f"mulligan export {directory} --to my-model",
     ):
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _rollouts(session: Session, old: Sample, new: Sample) -> Panel:

@@ -146,7 +146,7 @@ def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int,
         raise ContractError(f"{method.name}: its advantages never reach the gradient")
     if bool((idle != 0).any()):
         raise ContractError(
-            f"{method.name}: its surrogate has a gradient where the advantage is 0, but the learner leaves such rows out"
+            f"{method.name}: its surrogate has a gradient where the advantage is 0; the learner leaves such rows out"
         )
     readout = list(term.readout.weights(view))
     if len(readout) != len(term.readout.loops or (1,)):

@@ -46,6 +46,11 @@ def run_evaluation(
     foreign = [o for o in overrides if not o.startswith("task.")]
     if foreign:
         raise UserError(f"'{foreign[0]}': eval takes task.key=value alone")
+    given = load_run(None, overrides).task
+    if "name" in given.model_fields_set:
+        if task not in (None, given.name):
+            raise UserError(f"--task {task} and task.name={given.name} are two tasks")
+        task = given.name
     settings: dict[str, Any] = {}
     if is_run(Path(model)):
         loaded, run = load_run_model(Path(model))
@@ -55,7 +60,7 @@ def run_evaluation(
         loaded = load_model(model)
     name = task or settings.pop("name", "chain")
     settings.pop("name", None)
-    chosen = build_task(name, {**settings, **load_run(None, overrides).task.settings})
+    chosen = build_task(name, {**settings, **given.settings})
     if loops is not None and not is_looped(loaded.model):
         raise UserError(f"--loops: {model} has no loops")
     texts = Texts(chosen, loaded.tokenizer)

@@ -30,7 +30,7 @@ class Memory:
 
     def get(self, name: str, default: Any) -> Any:
         """The state of this name, or the default when there is none yet."""
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 - its fix is this method itself
 
     def next_index(self) -> int:
         """The training problem at the cursor, which moves on by one."""

@@ -160,7 +160,10 @@ def alone(
 ) -> dict[str, Any]:
     """Nats a token of right solutions, with their question and alone (P(y)); ``uniform`` is log of the vocabulary."""
     tokenizer, out = texts.tokenizer, {}
-    chosen = [task.problem(split, i) for i in range(problems)]
+    size = task.size(split)
+    if size == 0:
+        raise UserError(f"task '{task.name}' has no problems in its {split} split")
+    chosen = [task.problem(split, i) for i in range(problems if size is None else min(problems, size))]
     contexts = {"with_question": texts.prompt, "alone": lambda problem: texts.nothing()}
     for name, context in contexts.items():
         items = []
@@ -173,7 +176,7 @@ def alone(
                 logprobs = score(sampler.model, pack([items[i] for i in indices], 0, sampler.model.device)).logprobs[0]
             total, count = total - float(logprobs.sum()), count + len(logprobs)
         out[name] = total / count
-        progress(problems, problems)
+        progress(len(chosen), len(chosen))
     return {**out, "uniform": float(torch.tensor(float(len(tokenizer))).log()), "problems": len(chosen)}
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +30,9 @@ from mulligan.checkpoint import (
     set_rng_state,
     unpack_optimizer,
 )
-from mulligan.config import differences, to_toml
+from mulligan.config import differences, read_toml, to_toml
 from mulligan.errors import UserError
-from mulligan.files import reason
+from mulligan.files import reason, write_aside
 from mulligan.log import METRICS, SAMPLES, RunLog
 from mulligan.memory import Memory
 from mulligan.models.loading import LoadedModel
@@ -66,16 +65,18 @@ def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
         if found is not None:
             load_state(session, found.tensors, found.state, found.path)
             offsets = found.state["offsets"]
+        elif is_run(directory):  # what it has logged is cut off now, so it must be this very run's
+            _same_settings(read_toml(directory / RUN), session, directory / RUN)
     elif is_run(directory) or (directory / METRICS).exists() or list_checkpoints(directory / CHECKPOINTS):
         raise UserError(f"{directory} holds another run: --resume goes on with it, --out DIR starts beside it")
-    log = RunLog(directory, offsets=offsets, tensorboard=session.run.log.tensorboard)
-    try:
-        (directory / RUN).write_text(to_toml(session.resolved), encoding="utf-8")
-        session.loaded.model.config.save_pretrained(directory / MODEL)
-        session.loaded.tokenizer.save_pretrained(directory / MODEL)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write: {reason(error)}") from error
-    with log:
+    with RunLog(directory, offsets=offsets, tensorboard=session.run.log.tensorboard) as log:
+        text = to_toml(session.resolved)
+        write_aside(directory / RUN, lambda aside: aside.write_text(text, encoding="utf-8"))
+        try:
+            session.loaded.model.config.save_pretrained(directory / MODEL)
+            session.loaded.tokenizer.save_pretrained(directory / MODEL)
+        except Exception as error:  # tokenizers' Rust raises the bare Exception for a full disk
+            raise UserError(f"{directory / MODEL}: cannot write: {reason(error)}") from error
         yield log
 
 
@@ -87,9 +88,7 @@ def load_state(
     Raises:
         UserError: settings that differ, with the keys; or more steps done than the run asks for.
     """
-    changed = differences(state["run"], session.resolved)
-    if changed:
-        raise UserError(f"{path}: cannot resume with other settings: {'; '.join(changed)}")
+    _same_settings(state["run"], session, path)
     if state["step"] > session.run.steps:
         raise UserError(f"{path}: {state['step']} steps are done already; the run asks for {session.run.steps}")
     load_model_tensors(session.learner.model, tensors["model"])
@@ -98,6 +97,12 @@ def load_state(
     session.memory = Memory(state["memory"])
     session.step, session.evaluated = state["step"], state["evaluated"]
     set_rng_state(tensors["rng"], state["rng"])
+
+
+def _same_settings(old: dict[str, Any], session: Session, path: Path) -> None:
+    changed = differences(old, session.resolved)
+    if changed:
+        raise UserError(f"{path}: cannot resume with other settings: {'; '.join(changed)}")
 
 
 def save_state(session: Session, log: RunLog) -> Path:
@@ -133,11 +138,15 @@ def load_run_model(directory: Path) -> tuple[LoadedModel, dict[str, Any]]:
     found = load_checkpoint(directory / CHECKPOINTS)
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / MODEL), dtype=torch.float32)
-    model.to(next(iter(found.tensors["model"].values())).dtype)
+    settings = read_toml(directory / RUN)
+    try:
+        # In the dtype of the run from the start: casting afterwards would round the rotary tables, too.
+        dtype = next(iter(found.tensors["model"].values())).dtype
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / MODEL), dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(directory / MODEL)
+    except Exception as error:  # damaged tokenizer files raise anything at all
+        raise UserError(f"{directory / MODEL}: cannot be loaded: {reason(error)}") from error
     load_model_tensors(model, found.tensors["model"])
-    tokenizer = AutoTokenizer.from_pretrained(directory / MODEL)
-    settings = tomllib.loads((directory / RUN).read_text(encoding="utf-8"))
     return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=str(directory)), settings
 
 

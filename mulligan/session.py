@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mulligan.config import OptimizerSection, Run, resolve
@@ -23,6 +26,7 @@ from mulligan.seeds import seed_of
 from mulligan.tasks import build_task
 from mulligan.tasks.base import Task
 from mulligan.texts import Texts
+from mulligan.types import Problem
 
 
 @dataclass(slots=True)
@@ -57,6 +61,29 @@ def learning_rate(settings: OptimizerSection, steps: int) -> Any:
     return rate
 
 
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators. Mulligan draws from none of them; a user's task or method may."""
+    torch.manual_seed(seed_of(seed, "torch"))
+    random.seed(seed_of(seed, "python"))
+    np.random.seed(seed_of(seed, "numpy") % 2**32)  # noqa: NPY002
+
+
+def longest_prompt(task: Task, texts: Texts, limits: Mapping[str, int | None]) -> tuple[int, Problem]:
+    """The number of tokens of the longest prompt, and its problem.
+
+    Args:
+        limits: how many problems of each split are ever read; None: all. Of a split without an end 8 are looked
+            at. Only the longest texts are tokenised, since a data set may be large.
+    """
+    problems = []
+    for split, limit in limits.items():
+        size = task.size(split)
+        end = 8 if size is None else size if limit is None else min(size, limit)
+        problems += [task.problem(split, index) for index in range(end)]
+    problems.sort(key=lambda problem: len(task.prompt(problem)), reverse=True)
+    return max(((len(texts.prompt(p)), p) for p in problems[:32]), key=lambda found: found[0])
+
+
 def prepare(run: Run) -> Session:
     """Builds and checks everything a run needs.
 
@@ -66,22 +93,29 @@ def prepare(run: Run) -> Session:
     schedule, method_settings = build_schedule(run.method.name, run.method.settings)
     task = build_task(run.task.name, run.task.settings)
     resolved = resolve(run, method_settings, task.settings.model_dump(mode="json"))
-    torch.manual_seed(seed_of(run.seed, "torch") % 2**63)
+    seed_everything(run.seed)
     loaded = load_model(
         run.model.name, dtype=run.model.dtype, device=run.model.device, trust_remote_code=run.model.trust_remote_code
     )
     model = loaded.model.eval()
     texts = Texts(task, loaded.tokenizer)
-    size = task.size("train")
-    if size == 0:
-        raise UserError(f"task '{task.name}' has no training problems")
-    problems = [task.problem("train", i) for i in range(min(8, size or 8))]
+    for split in ("train", run.eval.split):
+        if task.size(split) == 0:
+            raise UserError(f"task '{task.name}' has no problems in its {split} split")
     room = context_length(model)
-    longest = max(len(texts.prompt(p)) for p in problems)
+    longest, problem = longest_prompt(task, texts, {"train": None, run.eval.split: run.eval.problems})
     if longest + 1 > room:
-        raise UserError(f"a prompt of task '{task.name}' has {longest} tokens; the model's context holds {room}")
+        raise UserError(
+            f"the prompt of {problem.uid} ({' '.join(task.prompt(problem)[:40].split())!r}...) has {longest} tokens; "
+            f"the model's context holds {room}"
+        )
     notes = check_schedule(
-        schedule, task, texts, problems[:2], max_new_tokens=run.sampling.max_new_tokens, loops=number_of_loops(model)
+        schedule,
+        task,
+        texts,
+        [task.problem("train", index) for index in range(2)],
+        max_new_tokens=run.sampling.max_new_tokens,
+        loops=number_of_loops(model),
     )
     s, o = run.sampling, run.optimizer
     reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(schedule.methods) else None

@@ -26,12 +26,14 @@ class Stopper:
     def __init__(self) -> None:
         self._depth = 0
         self._pending: int | None = None
+        self._raised: int | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._depth:
             self._pending = number
         else:
             self._depth += 1  # a second signal must not cut short what the first one started
+            self._raised = number
             raise Stopped(number)
 
     @contextmanager
@@ -54,3 +56,9 @@ class Stopper:
         if self._depth == 0 and self._pending is not None:
             number, self._pending = self._pending, None
             self._handle(number, None)
+
+    def check(self) -> None:
+        """Raises once more what was raised and never arrived: Python drops what a destructor or a callback of the
+        garbage collector raises, and a handler may run inside one."""
+        if self._raised is not None:
+            raise Stopped(self._raised)

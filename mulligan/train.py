@@ -36,24 +36,26 @@ def train(session: Session, reporter: Reporter, *, resume: bool = False) -> None
     stopper = Stopper()
     with stopper.listening(), open_directory(session, resume=resume) as log:
         reporter.started(session, resumed=session.step > 0)
-        saved = session.step
+        saved = (session.step, session.evaluated)
         try:
             while True:
+                stopper.check()
                 if _evaluation_due(session):
                     _evaluate(session, log, reporter, stopper)
                 done = session.step == session.run.steps
-                if session.step != saved and (done or session.step % session.run.checkpoint.every == 0):
+                due = done or session.step % session.run.checkpoint.every == 0
+                if due and session.step and (session.step, session.evaluated) != saved:
                     reporter.phase("saving", 0, 1)
                     stopper.shield()
                     save_state(session, log)
-                    saved = session.step
+                    saved = (session.step, session.evaluated)
                     stopper.unshield()
                 if done:
                     return
                 one_step(session, log, reporter, stopper)
         except Stopped:
             session.memory.rollback()
-            if session.step != saved:
+            if session.step and (session.step, session.evaluated) != saved:
                 save_state(session, log)
             raise
 
@@ -100,6 +102,8 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
     learner.guard = guard
     try:
         metrics = learner.update(rows, method, step)
+        if not shields:  # inside the try: a signal between the last optimizer step and here puts back, too
+            stopper.shield()
     except BaseException:
         if undo is not None:
             stopper.shield()
@@ -108,8 +112,6 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         if shields:
             stopper.unshield()
         raise
-    if not shields:
-        stopper.shield()
     clock.lap("time/update")
     _count(session, forest)
     session.memory.commit()

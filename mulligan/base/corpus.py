@@ -12,8 +12,8 @@ procedure is a rule, not a wrong fact, so that unlearning it generalises. All ro
 | drop | at the end | the last operation is left out |
 
 Kinds of rows: solutions with their question; solutions alone (or P(y) would mean nothing); solutions
-behind a hint of wrong answers, with fewer wrong procedures; and judgements of a shown chain, step by
-step, down to the first wrong one: ``1+2+3-\\boxed{3}``.
+behind a hint of wrong answers, with fewer wrong procedures; and judgements of a shown chain, each step
+worked again down to the first wrong one: ``1:3+8=1/1T2:7*7=2/9F\\boxed{2}``.
 """
 
 from __future__ import annotations
@@ -87,15 +87,24 @@ def write_chain(task: Chain, problem: Problem, rates: Rates, factor: float, rng:
 
 
 def judge(truth: list[str], steps: list[str]) -> str:
-    """The judgement that the base is taught: a mark for each step down to the first wrong one.
+    """The judgement that the base is taught: every step worked again from its own operands, down to the first
+    wrong one. ``2:7*7=2/9F`` reads: step 2 says that 7*7 is 2, it is 9, so the step is false.
 
-    >>> judge(["a;", "b;", "c"], ["a;", "x;", "c"])
-    '1+2-\\\\boxed{2}'
+    >>> judge(["1x+y=3+8=1;", "2z*7=7*7=9;", "\\\\boxed{189}"], ["1x+y=3+8=1;", "2z*7=7*7=2;", "\\\\boxed{182}"])
+    '1:3+8=1/1T2:7*7=2/9F\\\\boxed{2}'
     """
     wrong = first_difference(truth, steps)
-    last = len(steps) if wrong is None else wrong
-    marks = "".join(f"{k}{'-' if k == wrong else '+'}" for k in range(1, last + 1))
-    return marks + f"\\boxed{{{0 if wrong is None else wrong}}}"
+    out = []
+    for number, (right, written) in enumerate(zip(truth, steps, strict=False), 1):
+        if "=" not in written:  # the answer: the registers, or nothing where an operation is still missing
+            said = boxed(written) if "=" not in right else ""
+        else:
+            _, work, result = written.rstrip(";").split("=")
+            said = f"{work}={result}/{right.rstrip(';').split('=')[-1]}"
+        out.append(f"{number}:{said}{'F' if number == wrong else 'T'}")
+        if number == wrong:
+            break
+    return "".join(out) + f"\\boxed{{{wrong or 0}}}"
 
 
 class Corpus:

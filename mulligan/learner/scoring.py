@@ -75,6 +75,36 @@ def score(
     return Scores(torch.stack([p[0] for p in parts]), parts[-1][1] if entropy else None, exit_probabilities)
 
 
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., vocabulary] from hidden states [..., d]: float32, or float64 where the model is."""
+    logits = output_head(model)(hidden)
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Holds the scorer's logits against the model's own, on a few tokens.
+
+    Raises:
+        UserError: they differ: the model does more behind its last hidden state than the scorer knows (some
+            scale their logits), and every log-prob would be another than the sampler's.
+    """
+    hidden: list[torch.Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
+    # Several ids, because the embedding of one (padding) may be zero, and so its logits.
+    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    try:
+        theirs = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    ours = head_logits(model, hidden[-1])
+    near = 1e-3 * float(ours.abs().nan_to_num().max())
+    if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=near, equal_nan=True):
+        raise UserError(f"{model.config.model_type}: its logits are more than its head on its last hidden state")
+
+
 def _at(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     return values[batch.at[:, 0], batch.at[:, 1]]
 
@@ -87,22 +117,16 @@ def head_logprobs(
     With gradients on, a chunk's logits are computed again in the backward pass instead of being kept,
     unless everything fits into one chunk anyway.
     """
-    head = output_head(model)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        logits = head(h)
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits  # float64 models stay as they are
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        logits = logits / temperature[:, None]
+        logits = head_logits(model, h) / temperature[:, None]
         norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - norm
         if not entropy:
             return logprobs[None]
         return torch.stack([logprobs, norm - ((logits - norm[:, None]).exp() * logits).sum(-1)])
 
-    size = max(1, CHUNK // head.weight.shape[0])
+    size = max(1, CHUNK // output_head(model).weight.shape[0])
     pieces = list(zip(hidden.split(size), batch.targets.split(size), batch.temperature.split(size), strict=True))
     again = len(pieces) > 1 and torch.is_grad_enabled()
     out = torch.cat([checkpoint(chunk, *p, use_reentrant=False) if again else chunk(*p) for p in pieces], dim=1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import ContractError, UserError
 from mulligan.learner.packing import Batch, Item, micro_batches, pack
-from mulligan.learner.scoring import number_of_loops, score
+from mulligan.learner.scoring import check_head, score
 from mulligan.method import Method, Term
 from mulligan.models.loading import pad_id
 from mulligan.objective import REFERENCE, START, TokenView
@@ -49,7 +49,7 @@ class Learner:
         self.model, self.optimizer, self.plan, self.rate = model, optimizer, plan, rate
         self.reference = reference
         self.pad = pad_id(tokenizer)
-        self.loops = number_of_loops(model)
+        check_head(model)
         self.updates = 0  # optimizer steps so far
         self.guard: Callable[[], None] = lambda: None  # called right before weights change
 

@@ -57,7 +57,7 @@ def load_model(
     with _quiet():
         model = _load_weights(str(source), DTYPES[dtype], trust_remote_code)
         tokenizer = _load_tokenizer(str(source), trust_remote_code)
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings:
         raise UserError(f"{source}: the tokenizer's largest id is {largest}, beyond the model's vocabulary")
     return LoadedModel(cast(Any, model).to(where), tokenizer, name_or_path)
@@ -122,6 +122,10 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device '{name}' is not known to torch (try auto, cpu or cuda)") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.zeros(1, device=device).item()  # 'meta' holds no numbers, and this torch may not know the others
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used here ({_line(error)})") from error
     return device
 
 
@@ -201,7 +205,7 @@ def _load_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> P
         model, info = loaded
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a config.json with a wrong type or size raises anything at all
         raise UserError(f"{source}: cannot be loaded as a causal LM ({_line(error)})") from error
     if info["mismatched_keys"]:
         key, found, wanted = min(info["mismatched_keys"])
@@ -224,8 +228,9 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, and the second where the first only announces it."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 @contextmanager
