@@ -67,7 +67,7 @@ def test_a_readout_that_fits_passes():
 
 
 def test_every_phase_is_checked():
-    with pytest.raises(ContractError, match="^late: "):
+    with pytest.raises(ContractError, match=r"^late: "):
         check(Schedule(((3, grpo()), (None, mutant(surrogate=Undeclared()).replace(name="late")))))
 
 

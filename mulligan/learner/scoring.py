@@ -94,7 +94,7 @@ def check_head(model: PreTrainedModel) -> None:
     hidden: list[torch.Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     # Several ids, because the embedding of one (padding) may be zero, and so its logits.
-    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=model.device)[None] % output_head(model).weight.shape[0]
     try:
         theirs = model(input_ids=ids, use_cache=False).logits
     finally:

@@ -126,8 +126,15 @@ class Forks:
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"},
         )
 
-    def run(self, cwd: Path, *argv: str | Path, kill: Kill | None = None, after: float | None = None) -> Ended:
-        """``mulligan ARGV`` in ``cwd``, which is made when absent."""
+    def run(
+        self,
+        cwd: Path,
+        *argv: str | Path,
+        kill: Kill | None = None,
+        after: float | None = None,
+        signal: str = "SIGKILL",
+    ) -> Ended:
+        """``mulligan ARGV`` in ``cwd``, which is made when absent; it gets ``signal`` after so many seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
         cwd.mkdir(parents=True, exist_ok=True)
         request = {
@@ -135,6 +142,7 @@ class Forks:
             "argv": [str(a) for a in argv],
             "kill": asdict(kill) if kill else None,
             "after": after,
+            "signal": signal,
         }
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return Ended(**json.loads(self._process.stdout.readline()))

@@ -3,11 +3,11 @@ once, and so that forking has no threads to break.
 
 ``python kill_at.py MODEL``, a directory. Each line on stdin is a request, each line on stdout its answer, both JSON:
 
-    {"cwd": ..., "argv": [...], "kill": {...} | null, "after": seconds | null}
+    {"cwd": ..., "argv": [...], "kill": {...} | null, "after": seconds | null, "signal": "SIGKILL"}
     {"code": -9, "late": seconds from the signal to the end | null, "output": ...}
 
 ``kill`` names a function, a call of it and a signal: the process sends itself the signal in that call, before the
-function does its work or afterwards. ``after`` is SIGKILL from outside at that time.
+function does its work or afterwards. ``after`` is ``signal`` from outside at that time.
 
 Rewards are the toss of a coin that depends on prompt and response alone: a model of random weights solves nothing,
 and without rewards there would be no updates to compare.
@@ -123,17 +123,18 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         if not pid:
             child(request, file.fileno(), write)
     os.close(write)
-    after = request["after"]
+    after, sent = request["after"], None
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
         if after is not None and time.monotonic() - begun >= after:
-            os.kill(pid, signal.SIGKILL)
-            after = None
+            os.kill(pid, signal.Signals[request["signal"]])
+            after, sent = None, time.monotonic()
         time.sleep(0.005)
     now, told = time.monotonic(), os.read(read, 100).decode()
+    sent = float(told) if told else sent
     os.close(read)
     return {
         "code": os.waitstatus_to_exitcode(ended[1]),
-        "late": now - float(told) if told else None,
+        "late": None if sent is None else now - sent,
         "output": output.read_text(),
     }
 

@@ -172,8 +172,8 @@ def test_a_prompt_longer_than_the_context(tiny, tmp_path):
     (data / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (data / "test.jsonl").write_text('{"question": "one", "answer": "1"}\n')
     small = ("--task", "jsonl", "task.path=data", "eval.split=test")
-    longer = make_model(tmp_path / "longer", context=290)
-    refused(train(longer, *small), "jsonl/train/", "'long long", "tokens", "context holds 290")
+    longer = make_model(tmp_path / "longer", context=200)
+    refused(train(longer, *small), "jsonl/train/", "'long long", "tokens", "context holds 200")
     refused(train(tiny, "task.min_steps=30", "task.max_steps=30"), "chain/", "tokens", "context holds 96")
     assert not (tmp_path / "run").exists()
     # where it is said too late for that, it is said by the sampler
@@ -288,10 +288,9 @@ def test_a_full_disk(disk, tiny, finished):
         places.append(refused(said, folder / "run", "No space left on device"))
         saved = load_checkpoint(folder / "run" / "checkpoints")
         assert saved is None or saved.step in (2, 4)
-        size += 30
+        size += 40
         resize(size)
         said = train(tiny, "--resume", out=folder / "run")
-    assert {"model: cannot write", "checkpoints: cannot save", "jsonl: cannot write"} >= set()
     told = " ".join(places)
     for part in ("/model: cannot write", "samples.jsonl: cannot write", "cannot save"):
         assert part in told, told
