@@ -1,9 +1,10 @@
-"""Tokenizers without files, and short ways to ask a sampler."""
+"""Tokenizers and models without files, and short ways to ask a sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +12,30 @@ from mulligan.seeds import seed_of
 from mulligan.types import Completion, Problem, Request
 
 SPECIAL = ("<pad>", "<eos>", "<end>")
+
+
+SIZES = {
+    "vocab_size": 31,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build(model, config, **sizes):
+    """A model with random weights large enough that its greedy texts do not repeat themselves at once."""
+    torch.manual_seed(3)
+    net = model(config(**(SIZES | sizes)))
+    with torch.no_grad():
+        net.get_output_embeddings().weight.normal_(0.0, 0.35)
+        net.get_input_embeddings().weight.normal_(0.0, 1.0)
+    return net.eval()
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,8 +24,7 @@ from mulligan.sampling import Sampler, embedded
 from mulligan.sampling.cache import can_grow
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.seeds import seed_of
-from tests.sampling.conftest import build
-from tests.sampling.helpers import ask, collect, drawn
+from tests.sampling.helpers import ask, build, collect, drawn
 
 LETTERS = range(3, 29)
 
