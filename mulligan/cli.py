@@ -46,11 +46,13 @@ def train(
     from mulligan.console import ConsoleReporter, tell_result
     from mulligan.log import METRICS, read_metrics
     from mulligan.report.curve import plot_curve
-    from mulligan.rundir import CHECKPOINTS
+    from mulligan.rundir import CHECKPOINTS, RUN
     from mulligan.session import prepare
     from mulligan.train import train as run_training
 
     file, overrides = _split(arguments or [])
+    if resume and file is None and to is not None and (to / RUN).is_file():
+        file = to / RUN  # a run knows its own settings
     flags = {"method.name": method, "task.name": task, "model.name": model, "steps": steps, "seed": seed}
     run = load_run(file, overrides, {**flags, "out": None if to is None else str(to)})
     session = prepare(run)
@@ -267,7 +269,7 @@ def main() -> None:
     from mulligan.stopping import Stopped
 
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="mulligan", standalone_mode=False)
     except UserError as error:
         _fail(" ".join(str(error).split("\n")), 2)
     except Stopped as stopped:

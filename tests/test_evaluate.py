@@ -83,7 +83,9 @@ def tree(index: int, *verdicts: Verdict, process: tuple[bool | None, ...] = (), 
     completion = Completion(tokens=(5,) * tokens, behavior_logprobs=(-1.0,) * tokens, finish="stop")
     out = Tree(problem)
     for k, verdict in enumerate(verdicts):
-        grade = Grade(verdict=verdict, reward=float(verdict is Verdict.PASS), process_correct=(*process, *[None] * 9)[k])
+        grade = Grade(
+            verdict=verdict, reward=float(verdict is Verdict.PASS), process_correct=(*process, *[None] * 99)[k]
+        )
         out.samples.append(
             Sample(
                 uid=k,

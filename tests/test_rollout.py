@@ -331,10 +331,10 @@ def test_without_a_filter_every_problem_is_kept():
 
 
 def test_dynamic_sampling_draws_until_the_batch_is_full():
-    forest, drawn = run_step(3, keep=mixed, script=some_pass(3))
+    forest, drawn = run_step(3, keep=mixed, script=some_pass(3), start=2)
     assert [t.problem.index for t in forest.trees] == [2, 5, 8]
-    assert drawn == list(range(9))  # as many as it took, never more than are missing at a time
-    assert [t.problem.index for t in forest.filtered] == [0, 1, 3, 4, 6, 7]
+    assert drawn == list(range(2, 9))  # never more at a time than are missing, so the last one drawn is kept
+    assert [t.problem.index for t in forest.filtered] == [3, 4, 6, 7]
     assert {s.request.problem.index for s in forest.samples} == {2, 5, 8}
 
 

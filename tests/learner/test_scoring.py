@@ -116,14 +116,23 @@ def test_a_chunked_head_changes_neither_values_nor_gradients(kind, entropy, monk
         assert (flat(gradient_again) - flat(gradient)).norm() <= 1e-12 * flat(gradient).norm()
 
 
-def test_without_gradients_nothing_is_computed_twice(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK", VOCABULARY)
+def test_logits_are_computed_again_only_where_keeping_them_would_cost(monkeypatch):
     model = tiny("qwen3")
-    calls = []
-    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    batch = pack(items(), 0, model.device)
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    score(model, batch).logprobs.sum().backward()
+    assert rows == [11]  # one chunk is kept
+    rows.clear()
+    monkeypatch.setattr(scoring, "CHUNK", 5 * VOCABULARY)
+    out = score(model, batch).logprobs
+    assert rows == [5, 5, 1]
+    out.sum().backward()
+    assert sorted(rows) == [1, 1, 5, 5, 5, 5]
+    rows.clear()
     with torch.no_grad():
-        score(model, pack(items(), 0, model.device))
-    assert len(calls) == 11
+        score(model, batch)
+    assert rows == [5, 5, 1]
 
 
 def test_loops_and_exit_probabilities():
