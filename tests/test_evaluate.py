@@ -83,9 +83,8 @@ def tree(index: int, *verdicts: Verdict, process: tuple[bool | None, ...] = (), 
     completion = Completion(tokens=(5,) * tokens, behavior_logprobs=(-1.0,) * tokens, finish="stop")
     out = Tree(problem)
     for k, verdict in enumerate(verdicts):
-        grade = Grade(
-            verdict=verdict, reward=float(verdict is Verdict.PASS), process_correct=(*process, *[None] * 99)[k]
-        )
+        judged = (*process, *[None] * 99)[k]
+        grade = Grade(verdict=verdict, reward=float(verdict is Verdict.PASS), process_correct=judged)
         out.samples.append(
             Sample(
                 uid=k,

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from tests.e2e.helpers import forks, make_model
+pytest.register_assert_rewrite("tests.e2e.helpers")
+
+from tests.e2e.helpers import forks, make_model  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

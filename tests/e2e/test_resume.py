@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mulligan.checkpoint import load_checkpoint
+from mulligan.checkpoint import load_checkpoint, read_checkpoint
 from tests.e2e.helpers import SMALL, Ended, Kill, ended_alike, metrics, no_line_doubles, steps_saved
 
 VERIFY, DECODE = "mulligan.tasks.chain:Chain.verify", "mulligan.sampling.embedded:EmbeddedSampler._forward"
@@ -92,14 +92,9 @@ def test_the_reference_trains(uninterrupted):
     lines = [m for m in metrics(uninterrupted(*TRAIN)) if "update/gradient_norm" in m]
     assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
     assert sum(m["update/gradient_norm"] > 0 for m in lines) >= 4
-    first, last = (load_checkpoint_at(uninterrupted(*TRAIN), step) for step in (4, 6))
+    folder = uninterrupted(*TRAIN) / "checkpoints"
+    first, last = (read_checkpoint(folder / f"step-{step:08d}").tensors["model"] for step in (4, 6))
     assert any((first[k] != last[k]).any() for k in first)
-
-
-def load_checkpoint_at(run: Path, step: int):
-    from mulligan.checkpoint import read_checkpoint
-
-    return read_checkpoint(run / "checkpoints" / f"step-{step:08d}").tensors["model"]
 
 
 def test_interrupt_from_the_keyboard(forked, tiny, uninterrupted, tmp_path):
@@ -165,6 +160,13 @@ def test_a_kill_before_the_first_checkpoint(forked, tiny, uninterrupted, tmp_pat
 def test_resuming_what_never_began(forked, tiny, uninterrupted, tmp_path):
     ended = forked.run(tmp_path, *TRAIN, "--model", tiny, "--resume")
     assert ended.code == 0 and "run has no checkpoint yet: starting fresh" in ended.output
+    ended_alike(uninterrupted(*TRAIN), tmp_path / "run")
+
+
+def test_a_directory_is_enough_to_go_on(forked, tiny, uninterrupted, tmp_path):
+    """Its run.toml knows the settings."""
+    assert forked.run(tmp_path, *TRAIN, "--model", tiny, kill=PHASES["verifying"][0]).code == -9
+    assert resume(forked, tiny, tmp_path, "train", "--out", "run") == 2
     ended_alike(uninterrupted(*TRAIN), tmp_path / "run")
 
 
