@@ -122,7 +122,7 @@ class Corpus:
 
     @staticmethod
     def _kinds() -> list[str]:
-        return [*CHAINS, "alone", "hint", "judge", "countdown", "boolean"]
+        return [*CHAINS, "alone", "hint", "judge", "countdown", "search", "boolean"]
 
     def row(self, index: int) -> Example:
         """Row ``index``."""
@@ -187,6 +187,10 @@ class Corpus:
 
     def _countdown(self, index: int, rng: Random) -> Example:
         return self._right(self.countdowns[rng.choices([1, 2], [2, 1])[0]], index)
+
+    def _search(self, index: int, rng: Random) -> Example:
+        """Countdown again, mostly of three numbers: the last step of each is a problem of two."""
+        return self._right(self.countdowns[rng.choices([1, 2], [1, 4])[0]], index)
 
     def _boolean(self, index: int, rng: Random) -> Example:
         return self._right(self.booleans[rng.choice([1, 2, 3])], index)

@@ -42,6 +42,7 @@ class Phase(BaseModel):
     updates: int
     mixture: dict[str, float]
     rates: Rates = Rates()
+    learning_rate: float | None = None  # a cosine of its own from here on; None goes on with the one before
 
 
 class Recipe(BaseModel):
@@ -65,6 +66,21 @@ class Recipe(BaseModel):
     @property
     def updates(self) -> int:
         return sum(phase.updates for phase in self.phases)
+
+    def span_at(self, update: int) -> tuple[float, float, bool]:
+        """The peak learning rate of the cosine that update (0-based) is in, how far through it is (0 to 1), and
+        whether it is the first one."""
+        starts = [0]
+        peaks = [self.learning_rate]
+        begun = 0
+        for k, phase in enumerate(self.phases):
+            if k and phase.learning_rate is not None:
+                starts.append(begun)
+                peaks.append(phase.learning_rate)
+            begun += phase.updates
+        span = max(k for k, start in enumerate(starts) if start <= update)
+        end = starts[span + 1] if span + 1 < len(starts) else self.updates
+        return peaks[span], (update - starts[span]) / (end - starts[span]), span == 0
 
     def phase_at(self, update: int) -> int:
         """Index of the phase that update (0-based) belongs to."""
@@ -173,14 +189,14 @@ def pretrain(recipe: Recipe, out: Path, *, every: int = 200, report: Any = print
     for update in range(done, recipe.updates):
         if update % recipe.pool == 0 or not batches:
             batches = pool_batches(recipe, corpora, tokenizer, update - update % recipe.pool)
-        share = update / recipe.updates
-        rate = recipe.learning_rate * min(
+        peak, share, opening = recipe.span_at(update)
+        rate = peak * min(
             (update + 1) / recipe.warm_up, recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * share))
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
         first, last = recipe.exit_entropy
-        loss, ce = batch_loss(model, batches[update % recipe.pool], first + (last - first) * share)
+        loss, ce = batch_loss(model, batches[update % recipe.pool], first + (last - first) * share if opening else last)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
