@@ -276,9 +276,10 @@ def main() -> None:
         _fail(f"{stopped}: every completed step is saved; --resume goes on", stopped.exit_code)
     except Exception as error:
         # An unknown option or a wrong type. Which package holds the class of these depends on typer's version.
-        if not hasattr(error, "format_message"):
+        describe = getattr(error, "format_message", None)
+        if describe is None:
             raise
-        message = " ".join(error.format_message().split())
+        message = " ".join(describe().split())
         if not message:  # no arguments at all: the help is printed already
             raise SystemExit(2) from None
         _fail(message, 2)

@@ -69,9 +69,12 @@ def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
             _same_settings(read_toml(directory / RUN), session, directory / RUN)
     elif is_run(directory) or (directory / METRICS).exists() or list_checkpoints(directory / CHECKPOINTS):
         raise UserError(f"{directory} holds another run: --resume goes on with it, --out DIR starts beside it")
+
+    def write(path: Path) -> None:
+        path.write_text(to_toml(session.resolved), encoding="utf-8")
+
     with RunLog(directory, offsets=offsets, tensorboard=session.run.log.tensorboard) as log:
-        text = to_toml(session.resolved)
-        write_aside(directory / RUN, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside(directory / RUN, write)
         try:
             session.loaded.model.config.save_pretrained(directory / MODEL)
             session.loaded.tokenizer.save_pretrained(directory / MODEL)
