@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/demo.toml")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     arguments = parser.parse_args()
-    print("| seed | before [95 %] | after [95 %] | points | process-correct after | seconds |\n|---|---|---|---|---|---|")
+    print("| seed | before [95 %] | after [95 %] | points | process-correct after | seconds |")
+    print("|---|---|---|---|---|---|", flush=True)
     for seed in range(arguments.seeds):
         run = arguments.out / f"seed{seed}"
         seconds = "-"
