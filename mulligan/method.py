@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mulligan import context as contexts
 from mulligan import objective, select
@@ -13,6 +15,10 @@ from mulligan.credit import Credit, ZScore
 from mulligan.objective import Aggregation, LastLoop, Readout, Regulariser, Surrogate
 from mulligan.rollout import Pass, fresh
 from mulligan.types import Stream, Tree
+
+# Types of methods' settings: the command line holds them to these bounds.
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

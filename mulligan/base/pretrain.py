@@ -82,6 +82,13 @@ class Recipe(BaseModel):
         end = starts[span + 1] if span + 1 < len(starts) else self.updates
         return peaks[span], (update - starts[span]) / (end - starts[span]), span == 0
 
+    def rate_at(self, update: int) -> float:
+        """The learning rate of update (0-based): warm-up, then its cosine down to ``floor`` of the peak."""
+        peak, share, _ = self.span_at(update)
+        return peak * min(
+            (update + 1) / self.warm_up, self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * share))
+        )
+
     def phase_at(self, update: int) -> int:
         """Index of the phase that update (0-based) belongs to."""
         for k, phase in enumerate(self.phases):
@@ -189,10 +196,8 @@ def pretrain(recipe: Recipe, out: Path, *, every: int = 200, report: Any = print
     for update in range(done, recipe.updates):
         if update % recipe.pool == 0 or not batches:
             batches = pool_batches(recipe, corpora, tokenizer, update - update % recipe.pool)
-        peak, share, opening = recipe.span_at(update)
-        rate = peak * min(
-            (update + 1) / recipe.warm_up, recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * share))
-        )
+        _, share, opening = recipe.span_at(update)
+        rate = recipe.rate_at(update)
         for group in optimizer.param_groups:
             group["lr"] = rate
         first, last = recipe.exit_entropy

@@ -44,12 +44,13 @@ class Preset:
 
     def settings(self) -> type[BaseModel]:
         """Its settings as a pydantic model, made from the function's own signature."""
-        hints = get_type_hints(self.build)
+        hints = get_type_hints(self.build, include_extras=True)
         fields: dict[str, Any] = {
             name: (hints[name], parameter.default)
             for name, parameter in inspect.signature(self.build).parameters.items()
         }
-        return create_model(f"{self.name} settings", __config__=ConfigDict(extra="forbid"), **fields)
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+        return create_model(f"{self.name} settings", __config__=config, **fields)
 
 
 PRESETS: dict[str, Preset] = {

@@ -8,12 +8,12 @@ Deviations: the cap is a ceiling alone, as in the paper's runs (no lower clip).
 from __future__ import annotations
 
 from mulligan.credit import ZScore
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import Cispo
 from mulligan.rollout import fresh
 
 
-def cispo(group_size: int = 8, cap: float = 5.0) -> Method:
+def cispo(group_size: Count = 8, cap: NotNegative = 5.0) -> Method:
     """Clipped importance weights that keep every token's gradient.
 
     Args:

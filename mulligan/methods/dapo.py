@@ -11,7 +11,7 @@ Deviations:
 from __future__ import annotations
 
 from mulligan.credit import Overlong, ZScore, plain
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import Clipped
 from mulligan.rollout import fresh
 from mulligan.types import Tree
@@ -22,7 +22,12 @@ def mixed(tree: Tree) -> bool:
     return any(s.passed for s in tree.samples) and any(s.failed for s in tree.samples)
 
 
-def dapo(group_size: int = 8, clip_low: float = 0.2, clip_high: float = 0.28, overlong_buffer: float = 0.2) -> Method:
+def dapo(
+    group_size: Count = 8,
+    clip_low: NotNegative = 0.2,
+    clip_high: NotNegative = 0.28,
+    overlong_buffer: NotNegative = 0.2,
+) -> Method:
     """Decoupled clip, dynamic sampling, token aggregation, soft overlong penalty.
 
     Args:

@@ -9,12 +9,12 @@ Deviations: none in the objective; the constant is the run's ``max_new_tokens``.
 from __future__ import annotations
 
 from mulligan.credit import Centered
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import Clipped, constant
 from mulligan.rollout import fresh
 
 
-def dr_grpo(group_size: int = 8, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
+def dr_grpo(group_size: Count = 8, clip_low: NotNegative = 0.2, clip_high: NotNegative = 0.2) -> Method:
     """GRPO without its length and difficulty biases.
 
     Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mulligan.credit import ZScore
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import KL, Clipped, EntropyBonus, constant, sequence_mean, token_mean
 from mulligan.rollout import fresh
 
@@ -22,12 +22,12 @@ AGGREGATIONS = {"token": token_mean, "sequence": sequence_mean, "constant": cons
 
 
 def grpo(
-    group_size: int = 8,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    group_size: Count = 8,
+    clip_low: NotNegative = 0.2,
+    clip_high: NotNegative = 0.2,
     aggregation: Literal["token", "sequence", "constant"] = "token",
-    kl: float = 0.0,
-    entropy_bonus: float = 0.0,
+    kl: NotNegative = 0.0,
+    entropy_bonus: NotNegative = 0.0,
 ) -> Method:
     """Group-relative policy optimisation.
 

@@ -8,12 +8,12 @@ Deviations: none.
 from __future__ import annotations
 
 from mulligan.credit import ZScore
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import SequenceClipped, sequence_mean
 from mulligan.rollout import fresh
 
 
-def gspo(group_size: int = 8, clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
+def gspo(group_size: Count = 8, clip_low: NotNegative = 3e-4, clip_high: NotNegative = 4e-4) -> Method:
     """Sequence-level ratios and clipping.
 
     Args:

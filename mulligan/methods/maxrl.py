@@ -9,12 +9,12 @@ Deviations: tokens share one global denominator.
 from __future__ import annotations
 
 from mulligan.credit import MeanNormalised
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, Term
 from mulligan.objective import Reinforce
 from mulligan.rollout import fresh
 
 
-def maxrl(group_size: int = 8) -> Method:
+def maxrl(group_size: Count = 8) -> Method:
     """Advantages normalised by the group's mean reward.
 
     Args:

@@ -6,12 +6,12 @@ Deviations: tokens share one global denominator (source: a sum over each sequenc
 from __future__ import annotations
 
 from mulligan.credit import RawReward
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, Term
 from mulligan.objective import Reinforce
 from mulligan.rollout import fresh
 
 
-def reinforce(group_size: int = 8, baseline: float = 0.0) -> Method:
+def reinforce(group_size: Count = 8, baseline: float = 0.0) -> Method:
     """The reward itself as the advantage.
 
     Args:

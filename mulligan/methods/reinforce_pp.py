@@ -11,12 +11,14 @@ Deviations:
 from __future__ import annotations
 
 from mulligan.credit import BatchNormalised
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import KL, Clipped
 from mulligan.rollout import fresh
 
 
-def reinforce_pp(group_size: int = 8, clip_low: float = 0.2, clip_high: float = 0.2, kl: float = 0.0) -> Method:
+def reinforce_pp(
+    group_size: Count = 8, clip_low: NotNegative = 0.2, clip_high: NotNegative = 0.2, kl: NotNegative = 0.0
+) -> Method:
     """Group-centred, batch-normalised advantages.
 
     Args:

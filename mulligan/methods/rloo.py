@@ -9,12 +9,12 @@ scale of the other methods here.
 from __future__ import annotations
 
 from mulligan.credit import LeaveOneOut
-from mulligan.method import Method, Term
+from mulligan.method import Count, Method, Term
 from mulligan.objective import Reinforce
 from mulligan.rollout import fresh
 
 
-def rloo(group_size: int = 8) -> Method:
+def rloo(group_size: Count = 8) -> Method:
     """REINFORCE, leave-one-out baseline.
 
     Args:

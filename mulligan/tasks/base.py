@@ -27,7 +27,8 @@ BUCKETS: dict[str, frozenset[int]] = {
 class TaskSettings(BaseModel):
     """Settings that every task has; a task adds its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict, so that `true` is no number; a whole number still is a float.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     seed: int = 0
 
 
