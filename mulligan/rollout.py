@@ -272,7 +272,7 @@ def rollout(
     if not forest.trees:
         solved = sum(all(s.passed for s in t.samples) for t in forest.filtered)
         raise UserError(
-            f"step {step}: dynamic sampling drew {drawn} problems and kept none ({solved} solved by every sample, "
+            f"step {step + 1}: dynamic sampling drew {drawn} problems and kept none ({solved} solved by every sample, "
             f"{sum(not t.any_pass() for t in forest.filtered)} by none): nothing is left to learn from at this level"
         )
     return forest

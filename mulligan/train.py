@@ -128,7 +128,7 @@ def rollout_metrics(forest: Forest) -> Metrics:
     """What a step's samples were like. ``entropy`` is estimated from the drawn tokens, in nats a token."""
     samples = [s for s in forest.samples if s.passed or s.failed]
     if not samples:
-        raise UserError(f"step {forest.step}: the verifier could score none of {len(forest.samples)} responses")
+        raise UserError(f"step {forest.step + 1}: the verifier could score none of {len(forest.samples)} responses")
     trees = len(forest.trees)
     own = [len(s.behavior_logprobs) for s in samples]
     passes = [[s.passed for s in t.samples if s.passed or s.failed] for t in forest.trees]

@@ -442,7 +442,7 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights(name):
     model = tiny("qwen3")
     before = copy.deepcopy(model.state_dict())
     probe = Probe(model, rate=0.1, clip_norm=1.0)
-    with pytest.raises(UserError, match=rf"^step 7: mutant's {what} is not finite"):
+    with pytest.raises(UserError, match=rf"^step 8: mutant's {what} is not finite"):
         probe.learner.update(rows_for_update(), mutant(surrogate=surrogate), 7)
     assert_unchanged(probe, before)
     # And the next update is as if nothing had been.

@@ -346,7 +346,7 @@ def test_dynamic_sampling_ends_at_its_limit_with_what_it_has():
 @pytest.mark.parametrize(("answer", "solved", "none"), [(right, 4, 0), (lambda p: "no", 0, 4)])
 def test_nothing_kept_is_an_error_that_says_why(answer, solved, none):
     with pytest.raises(
-        UserError, match=rf"step 7: .* drew 4 problems .* \({solved} solved by every .* {none} by none\)"
+        UserError, match=rf"step 8: .* drew 4 problems .* \({solved} solved by every .* {none} by none\)"
     ):
         run_step(2, keep=mixed, script=lambda r, k: answer(r.problem), draws=2, step=7)
 

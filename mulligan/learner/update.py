@@ -174,8 +174,9 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm or math.inf)
         if not (math.isfinite(tally.loss) and bool(torch.isfinite(norm))):
             self.optimizer.zero_grad(set_to_none=True)
+            what = "gradient" if math.isfinite(tally.loss) else "loss"
             raise UserError(
-                f"step {step}: {method.name}'s {'loss' if not math.isfinite(tally.loss) else 'gradient'} is not finite "
+                f"step {step + 1}: {method.name}'s {what} is not finite "
                 f"(loss {tally.loss}, gradient norm {float(norm)}); the weights are those of the update before"
             )
         rate = self.rate(self.updates)
