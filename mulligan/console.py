@@ -60,8 +60,6 @@ class ConsoleReporter:
 
     def phase(self, name: str, done: int, total: int) -> None:
         self._bar.update(self._task, description=f"{name}{f' {done}/{total}' if total > 1 else ''}")
-        if not self.console.is_terminal and name == "evaluating" and done == total:
-            return
 
     def stepped(self, step: int, metrics: Metrics) -> None:
         now = time.monotonic()
