@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,9 +44,16 @@ def assign(method: Method, forest: Forest, texts: Texts, fill: Fill, max_new_tok
             if not math.isfinite(row.reward):
                 raise ContractError(f"{method.name}: the reward of {row.sample.request.problem.uid} is {row.reward}")
         # The learner supplies the plain start log-probs itself; everything else is computed here, once.
-        wanted = dict.fromkeys([*term.credit.reads, *(s for s in term.reads if s != START)])
-        if rows:
-            fill(rows, list(wanted), context_of)
+        fill(rows, [], context_of)
+        for stream in dict.fromkeys([*term.credit.reads, *(s for s in term.reads if s != START)]):
+            needed = rows
+            if stream not in term.credit.reads and replace(stream, context=START.context) == START:
+                needed = [row for row in rows if context_of(row, stream.context) != row.context]
+                computed = {id(row) for row in needed}
+                for row in rows:
+                    row.as_start |= set() if id(row) in computed else {stream.name}
+            if needed:
+                fill(needed, [stream], context_of)
         advantages = term.credit(rows, forest, max_new_tokens)
         if len(advantages) != len(rows):
             raise ContractError(f"{method.name}: credit returned {len(advantages)} advantages for {len(rows)} rows")

@@ -88,10 +88,17 @@ def evaluate_command(
     problems: Annotated[int, typer.Option(min=1)] = 256,
     samples: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Longest response; with several a table.")
+    ] = "128",
     seed: Annotated[int, typer.Option()] = 0,
-    loops: Annotated[int | None, typer.Option(min=1, help="Loops to run of a looped model.")] = None,
+    loops: Annotated[
+        str | None, typer.Option(metavar="N[,N...]|all", help="Loops to run of a looped model; with several a table.")
+    ] = None,
     probe: Annotated[str | None, typer.Option(help="localisation, hint or alone, in place of plain accuracy.")] = None,
+    relative_to: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model to compare with, problem by problem.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model on held-out problems."""
@@ -112,8 +119,11 @@ def evaluate_command(
         seed=seed,
         loops=loops,
         probe=probe,
+        relative_to=relative_to,
         console=Console(stderr=True),
     )
+    if "grid" in report and not as_json:
+        out.print(_grid(report.pop("grid")))
     _show(report, as_json)
 
 
@@ -141,14 +151,17 @@ def methods(as_json: Json = False) -> None:
 
     rows = []
     for preset in PRESETS.values():
-        schedule, _ = build_schedule(preset.name, {})
-        streams = sorted({s.name for m in schedule.methods for t in m.terms for s in (*t.reads, *t.credit.reads)})
+        built = build_schedule(preset.name)
+        phases = built.schedule.methods
+        streams = sorted({s.name for m in phases for t in m.terms for s in (*t.reads, *t.credit.reads)})
         rows.append(
             {
                 "name": preset.name,
                 "summary": preset.summary,
                 "paper": preset.paper,
+                "changes": sorted({part for m in phases for part in m.changes}),
                 "streams": streams,
+                "run": built.run,
                 "settings": _settings(preset.settings()),
             }
         )
@@ -239,6 +252,32 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
         note = f" (arXiv {row['paper']})" if row.get("paper") else ""
         table.add_row(f"[bold]{row['name']}[/]", f"{row['summary']}{note}\n[dim]{settings}[/]")
     out.print(table)
+
+
+def _grid(entries: list[dict[str, Any]]) -> Table:
+    """One row a pair of loops and token limit, at most 80 columns wide."""
+    from mulligan.console import interval
+
+    names = ["loops", "limit", "pass@1 [95 %]", "steps", "length", "cut"]
+    compared = "pass@1_difference" in entries[0]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in [*names, "points [95 %]"] if compared else names:
+        table.add_column(name, justify="right", no_wrap=name in ("loops", "limit"))
+    for entry in entries:
+        right = entry["process_correct"]
+        row = [
+            "-" if entry["loops"] is None else str(entry["loops"]),
+            str(entry["max_new_tokens"]),
+            interval(entry),
+            "-" if right is None else f"{right:.3f}",
+            f"{entry['length']:.0f}",
+            f"{entry['truncated']:.3f}",
+        ]
+        if compared:
+            difference, low, high = (100 * entry[f"pass@1_difference{end}"] for end in ("", "_low", "_high"))
+            row.append(f"{difference:+.1f} [{low:.1f}, {high:.1f}]")
+        table.add_row(*row)
+    return table
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,8 @@ class Run(Section):
     @property
     def directory(self) -> Path:
         """Where everything is written."""
-        return Path(self.out or f"runs/{self.task.name}-{self.method.name}-seed{self.seed}")
+        method = re.sub(r"[^\w.+]+", "-", self.method.name).strip("-.")  # a composition has brackets and paths
+        return Path(self.out or f"runs/{self.task.name}-{method}-seed{self.seed}")
 
 
 # A resumed run may differ from the first in these alone.
@@ -180,6 +182,21 @@ def validate(data: Mapping[str, Any], source: str | None = None) -> Run:
         raise UserError(f"{where}{'.'.join(path)}: {message}, not {first['input']!r}") from None
 
 
+def with_defaults(run: Run, defaults: Mapping[str, Any]) -> Run:
+    """The run with a method's own settings of sections (``{"optimizer.updates_per_batch": 4}``) where the user named
+    none.
+
+    Raises:
+        UserError: they do not go together with the rest.
+    """
+    data = run.model_dump(exclude_unset=True)
+    given = flatten(data)
+    for key, value in defaults.items():
+        if key not in given:
+            _put(data, key, value)
+    return validate(data, "the method's own settings") if defaults else run
+
+
 def resolve(run: Run, method_settings: Mapping[str, Any], task_settings: Mapping[str, Any]) -> dict[str, Any]:
     """The complete run as nested dictionaries, every default written out."""
     out = json.loads(run.model_dump_json())
@@ -212,13 +229,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def to_toml(data: Mapping[str, Any]) -> str:
     """The resolved run as TOML; None is written as a comment, since TOML has no null."""
-    lines: list[str] = []
-    tables = {k: v for k, v in data.items() if isinstance(v, Mapping)}
-    for table, body in [("", {k: v for k, v in data.items() if k not in tables}), *tables.items()]:
-        if table:
-            lines += ["", f"[{table}]"]
-        lines += [f"# {k}: not set" if v is None else f"{k} = {_toml_value(v)}" for k, v in body.items()]
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return "\n".join(_toml_table("", data)).lstrip("\n") + "\n"
+
+
+def _toml_table(name: str, data: Mapping[str, Any]) -> list[str]:
+    plain = {k: v for k, v in data.items() if not isinstance(v, Mapping)}
+    lines = ["", f"[{name}]"] if name else []
+    lines += [f"# {k}: not set" if v is None else f"{_toml_key(k)} = {_toml_value(v)}" for k, v in plain.items()]
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            lines += _toml_table(f"{name}.{_toml_key(key)}" if name else _toml_key(key), value)
+    return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:

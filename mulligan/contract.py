@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from mulligan.assign import Fill, assign
-from mulligan.errors import ContractError
+from mulligan.errors import ContractError, nearest
 from mulligan.method import Method, Term
 from mulligan.objective import TokenView
+from mulligan.rehearsal import rehearse
 from mulligan.schedule import Schedule
 from mulligan.tasks.base import Task
 from mulligan.texts import Texts
-from mulligan.types import ORIGINS, Forest, Grade, Problem, Request, Row, Sample, Stream, Tokens, Tree, Verdict
+from mulligan.types import MODELS, ORIGINS, Forest, Grade, Problem, Request, Row, Sample, Stream, Tokens, Tree, Verdict
 
 
 def fake_forest(task: Task, texts: Texts, problems: Sequence[Problem]) -> Forest:
@@ -77,6 +78,7 @@ def check_schedule(
         for term in method.terms:
             check_loops(method, term, loops)
         rows = assign(method, forest, texts, _fake_fill(method, read), max_new_tokens)
+        rehearse(method, task, texts, problems, _fake_fill(method, [set() for _ in method.terms]), max_new_tokens)
         for index, term in enumerate(method.terms):
             unread = [s.name for s in term.credit.reads if s.name not in read[index]]
             if unread:
@@ -89,7 +91,7 @@ def check_schedule(
 
 def check_loops(method: Method, term: Term, loops: int) -> None:
     """Every loop that the term reads is one that the model runs."""
-    named = term.readout.loops
+    named = tuple(range(1, loops + 1)) if term.readout.loops == "all" else term.readout.loops
     if loops == 1 and (named is not None or term.readout.exits):
         raise ContractError(f"{method.name}: its readout reads loops, but the model runs 1 (it has no loops)")
     for loop in named or ():
@@ -101,6 +103,9 @@ def check_loops(method: Method, term: Term, loops: int) -> None:
             "ratios and regularisers are taken there"
         )
     for stream in (*term.reads, *term.credit.reads):
+        known = (*MODELS, *method.models)
+        if stream.model not in known:
+            raise ContractError(f"{method.name}: stream '{stream.name}' names no model{nearest(stream.model, known)}")
         if (stream.loop or 1) > loops or (loops == 1 and (stream.loop or stream.quantity == "exit_probability")):
             where = " (it has no loops)" if loops == 1 else ""
             raise ContractError(f"{method.name}: reads '{stream.name}', but the model runs {loops}{where}")
@@ -128,6 +133,7 @@ def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int,
         streams={s.name: -torch.rand(n, generator=generator) - 0.1 for s in term.reads},
         policy_entropy=torch.rand(n, generator=generator).requires_grad_() if term.entropy else None,
         exit_probabilities=torch.full((n, loops), 1 / loops) if term.readout.exits else None,
+        loop_logprobs=-torch.rand(loops, n, generator=generator) - 0.1 if term.readout.loops else None,
         owner=method.name,
     )
     loss = term.surrogate(view)
@@ -149,7 +155,7 @@ def check_term(method: Method, term: Term, rows: list[Row], max_new_tokens: int,
             f"{method.name}: its surrogate has a gradient where the advantage is 0; the learner leaves such rows out"
         )
     readout = list(term.readout.weights(view))
-    if len(readout) != len(term.readout.loops or (1,)):
+    if len(readout) != (loops if term.readout.loops == "all" else len(term.readout.loops or (1,))):
         raise ContractError(f"{method.name}: the readout gives a different number of weights than loops")
     for weight in readout:
         if isinstance(weight, torch.Tensor) and weight.shape not in ((), (n,)):
@@ -188,7 +194,8 @@ def _fake_fill(method: Method, read: list[set[str]]) -> Fill:
 
     def fill(rows: Sequence[Row], streams: Sequence[Stream], context_of: Callable[[Row, str], Tokens]) -> None:
         for row in rows:
-            row.streams = _Watched(method.name, read[row.term])
+            if not isinstance(row.streams, _Watched):
+                row.streams = _Watched(method.name, read[row.term])
         for stream in streams:
             for row in rows:
                 if not context_of(row, stream.context):

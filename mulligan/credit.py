@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -160,6 +160,44 @@ class RawReward(GroupCredit):
 
     def of_group(self, rewards: list[float]) -> list[float]:
         return [r - self.baseline for r in rewards]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByVerdict:
+    """A constant for passing and one for failing samples, no baseline (NSR and PSR, arXiv 2506.01347); None leaves
+    such rows out of loss and denominator."""
+
+    passed: float | None
+    failed: float | None
+    reads: tuple[Stream, ...] = ()
+
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
+        return [self.passed if row.sample.passed else self.failed for row in rows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneSign:
+    """Another credit's advantages of one sign (PreRL, arXiv 2604.14142); the other rows, those at 0 among them, leave
+    loss and denominator, or stay in both with advantage 0 when ``silent``."""
+
+    of: Credit
+    sign: Literal["positive", "negative"]
+    silent: bool = False
+
+    @property
+    def reads(self) -> tuple[Stream, ...]:
+        return self.of.reads
+
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
+        factor, dropped = (1.0 if self.sign == "positive" else -1.0), 0.0 if self.silent else None
+        out: list[Advantage] = []
+        for advantage in self.of(rows, forest, max_new_tokens):
+            if isinstance(advantage, torch.Tensor):
+                kept = torch.where(advantage * factor > 0, advantage, 0.0)
+                out.append(kept if self.silent or bool(kept.any()) else None)
+            else:
+                out.append(advantage if advantage is not None and advantage * factor > 0 else dropped)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

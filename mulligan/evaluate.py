@@ -15,6 +15,7 @@ from mulligan.sampling import Sampler
 from mulligan.seeds import seed_of
 from mulligan.tasks.base import Task
 from mulligan.texts import Texts
+from mulligan.thoughts import thought_counts
 from mulligan.types import Sample, Tree
 
 
@@ -45,18 +46,19 @@ class Evaluation:
 
     trees: list[Tree]
     samples: int  # a problem
+    english: bool = False  # thoughts can be counted
 
     def numbers(self) -> dict[str, float]:
         """JSON-able results.
 
         ``none_pass`` is the share of problems that no one of 8 samples solves (of all samples, where there
-        are fewer than 8); ``luck`` the share of chains with a wrong step that end in the right answer.
+        are fewer than 8); ``luck`` the share of chains with a wrong step that end in the right answer;
+        ``thoughts``, ``reflection`` and ``transition`` are counts a response, where it is English.
         """
-        graded = [[s for s in tree.samples if s.passed or s.failed] for tree in self.trees]
-        graded = [g for g in graded if g]
+        graded = [g for g in map(_scorable, self.trees) if g]
         if not graded:
             raise UserError("evaluation: not one response could be scored")
-        share = [sum(s.passed for s in g) / len(g) for g in graded]
+        share = [_share(g) for g in graded]
         every = [s for g in graded for s in g]
         low, high = bootstrap(share)
         smallest = min(len(g) for g in graded)
@@ -79,14 +81,63 @@ class Evaluation:
         own = [len(s.tokens) for s in every]
         out["length"] = float(np.mean(own))
         out["truncated"] = sum(s.truncated for s in every) / len(every)
+        if self.english:
+            out |= _thoughts(every)
         out["unscorable"] = float(sum(len(t.samples) for t in self.trees) - len(every))
         out["problems"] = float(len(graded))
         out["samples"] = float(self.samples)
         return out
 
+    def relative_to(self, base: Evaluation) -> dict[str, float | None]:
+        """What this model has over another one on the same problems.
+
+        Returns:
+            ``pass@1_difference``, with the ends of its 95 % interval: a bootstrap over problems that keeps both
+            models' results on a problem together, so that how hard the problems are drops out. Where responses are
+            English also ``reflection_ratio`` and ``transition_ratio``, the counts a response divided by the other
+            model's (arXiv 2604.14142); None where that is 0.
+
+        Raises:
+            UserError: no problem has a scorable response of each.
+        """
+        assert [t.problem.uid for t in self.trees] == [t.problem.uid for t in base.trees]
+        pairs = zip(map(_scorable, self.trees), map(_scorable, base.trees), strict=True)
+        pairs = [(own, other) for own, other in pairs if own and other]
+        gains = [_share(own) - _share(other) for own, other in pairs]
+        if not pairs:
+            raise UserError("evaluation: no problem has a scorable response of both models")
+        low, high = bootstrap(gains)
+        out: dict[str, float | None] = {
+            "pass@1_difference": float(np.mean(gains)),
+            "pass@1_difference_low": low,
+            "pass@1_difference_high": high,
+        }
+        if self.english:
+            own, other = (_thoughts([s for group in side for s in group]) for side in zip(*pairs, strict=True))
+            for kind in ("reflection", "transition"):
+                out[f"{kind}_ratio"] = own[kind] / other[kind] if other[kind] else None
+        return out
+
     def examples(self, n: int = 2) -> list[Sample]:
         """The first sample of the first n problems."""
         return [tree.samples[0] for tree in self.trees[:n]]
+
+
+def _scorable(tree: Tree) -> list[Sample]:
+    return [s for s in tree.samples if s.passed or s.failed]
+
+
+def _share(samples: Sequence[Sample]) -> float:
+    return sum(s.passed for s in samples) / len(samples)
+
+
+def _thoughts(samples: Sequence[Sample]) -> dict[str, float]:
+    counts = [thought_counts(s.text) for s in samples]
+    return {
+        "thoughts": float(np.mean([c.total for c in counts])),
+        "reflection": float(np.mean([c.reflection for c in counts])),
+        "transition": float(np.mean([c.transition for c in counts])),
+    }
 
 
 def evaluate(
@@ -126,4 +177,4 @@ def evaluate(
             verify=task.verify,
         )
         progress(stop, total)
-    return Evaluation(trees, samples)
+    return Evaluation(trees, samples, english=task.english)

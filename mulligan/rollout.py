@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mulligan.errors import UserError
+from mulligan.memory import Memory
 from mulligan.sampling import Sampler
 from mulligan.seeds import seed_of
 from mulligan.texts import Texts
@@ -34,7 +35,7 @@ from mulligan.types import (
 _PER_TREE = 1 << 20  # uids and group ids of a tree are its slot times this, plus a count
 
 Verifier = Callable[[Problem, str], Grade]
-Scorer = Callable[[Sequence[Sample], Stream], list[torch.Tensor]]
+Scorer = Callable[[Sequence[Sample], Stream, Tokens | None], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +60,27 @@ class ScoreOrder:
 
     samples: tuple[Sample, ...]
     stream: Stream
+    context: Tokens | None = None
 
 
-Order = SampleOrder | ScoreOrder
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenOrder:
+    """A response that nobody needs to draw, to be graded and join the tree; made by :meth:`Ask.given`."""
+
+    tokens: Tokens
+    behavior_logprobs: tuple[float, ...]
+    order: SampleOrder
+
+
+Order = SampleOrder | ScoreOrder | GivenOrder
 Attempt = Generator[Order | Sequence[Order], Any, None]
 
 
 class Ask:
     """What a pass may ask for, bound to one problem."""
 
-    def __init__(self, problem: Problem, texts: Texts, slot: int, seed: int) -> None:
-        self.problem, self.texts = problem, texts
+    def __init__(self, problem: Problem, texts: Texts, slot: int, seed: int, memory: Memory | None = None) -> None:
+        self.problem, self.texts, self._memory = problem, texts, memory or Memory()
         self._slot, self._groups, self._seed = slot, 0, seed
 
     def new_group(self) -> int:
@@ -92,9 +103,22 @@ class Ask:
             **more,
         )
 
-    def scores(self, samples: Sequence[Sample], stream: Stream) -> ScoreOrder:
-        """An order of scores."""
-        return ScoreOrder(samples=tuple(samples), stream=stream)
+    def scores(self, samples: Sequence[Sample], stream: Stream, *, context: Tokens | None = None) -> ScoreOrder:
+        """An order of scores: a stream on samples, behind another context than the sampler's where one is given."""
+        return ScoreOrder(samples=tuple(samples), stream=stream, context=context)
+
+    def given(self, tokens: Tokens, behavior_logprobs: Sequence[float], **more: Any) -> GivenOrder:
+        """An order that draws nothing: a response from elsewhere (a replay) is graded and joins the tree.
+
+        Args:
+            behavior_logprobs: what its sampler said when it was drawn, one for each token.
+            more: as for :meth:`samples`.
+        """
+        return GivenOrder(tokens=tokens, behavior_logprobs=tuple(behavior_logprobs), order=self.samples(1, **more))
+
+    def recall(self, name: str, default: Any) -> Any:
+        """What the method remembered (``Method.remember``) in earlier steps; only to be read."""
+        return self._memory.get(name, default)
 
     def draw_seed(self, *labels: str | int) -> int:
         """A seed for the pass's own choices (which failure is the parent, which step it goes back to)."""
@@ -104,25 +128,39 @@ class Ask:
 Pass = Callable[[Problem, Tree, Ask], Attempt]
 
 
-def fresh(n: int) -> Pass:
+@dataclass(frozen=True, slots=True)
+class Fresh:
     """n i.i.d. samples of the plain prompt, in one group."""
 
-    def attempt(problem: Problem, tree: Tree, ask: Ask) -> Attempt:
-        yield ask.samples(n)
+    n: int
 
-    return attempt
+    def __call__(self, problem: Problem, tree: Tree, ask: Ask) -> Attempt:
+        yield ask.samples(self.n)
+
+
+def fresh(n: int) -> Fresh:
+    """n i.i.d. samples of the plain prompt, in one group."""
+    return Fresh(n)
 
 
 class _Climb:
     """One problem on its way through the passes."""
 
     def __init__(
-        self, problem: Problem, slot: int, passes: Sequence[Pass], seed: int, texts: Texts, score: Scorer | None
+        self,
+        problem: Problem,
+        slot: int,
+        passes: Sequence[Pass],
+        seed: int,
+        texts: Texts,
+        verify: Verifier,
+        score: Scorer | None,
+        memory: Memory,
     ):
         self.tree = Tree(problem)
-        self.slot, self.passes, self.score = slot, passes, score
+        self.slot, self.passes, self.verify, self.score = slot, passes, verify, score
         self.seed = seed_of(seed, problem.uid, slot)
-        self.ask = Ask(problem, texts, slot, self.seed)
+        self.ask = Ask(problem, texts, slot, self.seed, memory)
         self.at_pass, self.round, self.uids = -1, 0, 0
         self.generator: Attempt | None = None
         self.single = False
@@ -146,19 +184,26 @@ class _Climb:
             except StopIteration:
                 self.generator, self.orders, self.answers = None, [], []
                 continue
-            self.single = isinstance(asked, (SampleOrder, ScoreOrder))
-            self.orders = [asked] if isinstance(asked, (SampleOrder, ScoreOrder)) else list(asked)
-            self.answers = [self._scores(o) if isinstance(o, ScoreOrder) else None for o in self.orders]
+            self.single = isinstance(asked, Order)
+            self.orders = [asked] if isinstance(asked, Order) else list(asked)
+            self.answers = [self._at_once(o) for o in self.orders]
             requests = {k: self._request(k, o) for k, o in enumerate(self.orders) if isinstance(o, SampleOrder)}
             self.index = {id(request): k for k, request in requests.items()}
             self.round += 1
             if requests:
                 return list(requests.values())
+            self._settle()
 
-    def _scores(self, order: ScoreOrder) -> list[torch.Tensor]:
-        if self.score is None:
-            raise UserError("a pass asks for scores, but this rollout has no scorer")
-        return self.score(order.samples, order.stream)
+    def _at_once(self, order: Order) -> list[Any] | None:
+        """The answer to an order that needs no sampler; None for one that does."""
+        if isinstance(order, ScoreOrder):
+            if self.score is None:
+                raise UserError("a pass asks for scores, but this rollout has no scorer")
+            return self.score(order.samples, order.stream, order.context)
+        if isinstance(order, GivenOrder):
+            completion = Completion(tokens=order.tokens, behavior_logprobs=order.behavior_logprobs, finish="stop")
+            return [make_sample(self._request(0, order.order), 0, completion, self.ask.texts, self.verify)]
+        return None
 
     def _request(self, branch: int, order: SampleOrder) -> Request:
         seeds = tuple(seed_of(self.seed, self.at_pass, self.round, branch, k) for k in range(order.n))
@@ -171,13 +216,16 @@ class _Climb:
     def receive(self, request: Request, samples: list[Sample]) -> None:
         """Takes in the samples of one order; they join the tree once all orders of the round are answered."""
         self.answers[self.index[id(request)]] = samples
-        if all(a is not None for a in self.answers):
-            for order, answer in zip(self.orders, self.answers, strict=True):
-                if isinstance(order, SampleOrder):
-                    for sample in answer:
-                        sample.uid = self.slot * _PER_TREE + self.uids
-                        self.uids += 1
-                        self.tree.samples.append(sample)
+        if not self.waiting:
+            self._settle()
+
+    def _settle(self) -> None:
+        """New samples join the tree, in the order of asking."""
+        for order, answer in zip(self.orders, self.answers, strict=True):
+            for sample in answer if not isinstance(order, ScoreOrder) else ():
+                sample.uid = self.slot * _PER_TREE + self.uids
+                self.uids += 1
+                self.tree.samples.append(sample)
 
     @property
     def waiting(self) -> bool:
@@ -210,14 +258,17 @@ def climb(
     sampler: Sampler,
     verify: Verifier,
     score: Scorer | None = None,
+    memory: Memory | None = None,
 ) -> list[Tree]:
     """Runs the passes over some problems.
 
     Args:
         problems: (slot, problem); the slot is unique in the step and enters the seeds.
         seed: of this run and step.
+        memory: what passes may recall.
     """
-    climbs = [_Climb(problem, slot, passes, seed, texts, score) for slot, problem in problems]
+    memory = memory if memory is not None else Memory()
+    climbs = [_Climb(problem, slot, passes, seed, texts, verify, score, memory) for slot, problem in problems]
     owner: dict[int, _Climb] = {}
 
     def issue(climb_: _Climb) -> list[Request]:
@@ -249,6 +300,7 @@ def rollout(
     keep: Callable[[Tree], bool] | None = None,
     draws: int = 10,
     score: Scorer | None = None,
+    memory: Memory | None = None,
 ) -> Forest:
     """The forest of one step: n problems, or as many as it takes until n groups are kept.
 
@@ -267,7 +319,9 @@ def rollout(
         wanted = n - len(forest.trees)
         problems = [draw() for _ in range(min(wanted, draws * n - drawn))]
         drawn += len(problems)
-        for tree in climb(problems, passes, seed=seed, texts=texts, sampler=sampler, verify=verify, score=score):
+        for tree in climb(
+            problems, passes, seed=seed, texts=texts, sampler=sampler, verify=verify, score=score, memory=memory
+        ):
             (forest.trees if keep is None or keep(tree) else forest.filtered).append(tree)
     if not forest.trees:
         solved = sum(all(s.passed for s in t.samples) for t in forest.filtered)

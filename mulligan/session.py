@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from mulligan.config import OptimizerSection, Run, resolve
+from mulligan.config import ModelSection, OptimizerSection, Run, resolve, with_defaults
 from mulligan.contract import check_schedule
 from mulligan.errors import UserError
 from mulligan.learner.scoring import number_of_loops
-from mulligan.learner.update import Learner, Plan, needs_reference
+from mulligan.learner.update import Learner, Plan, frozen_models
 from mulligan.memory import Memory
 from mulligan.methods import build_schedule
 from mulligan.models.loading import LoadedModel, context_length, load_model
@@ -84,15 +85,28 @@ def longest_prompt(task: Task, texts: Texts, limits: Mapping[str, int | None]) -
     return max(((len(texts.prompt(p)), p) for p in problems[:32]), key=lambda found: found[0])
 
 
+def _teacher(name: str, path: str, policy: LoadedModel, settings: ModelSection) -> PreTrainedModel:
+    """A frozen model that a method brings, on the policy's device.
+
+    Raises:
+        UserError: it reads other tokens than the policy.
+    """
+    found = load_model(path, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code)
+    if found.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(f"{name} ({path}) has another vocabulary than {policy.name}: its log-probs would be of others")
+    return found.model.eval().requires_grad_(False)
+
+
 def prepare(run: Run) -> Session:
     """Builds and checks everything a run needs.
 
     Raises:
         UserError: the first thing that cannot work, in one line.
     """
-    schedule, method_settings = build_schedule(run.method.name, run.method.settings)
+    built = build_schedule(run.method.name, run.method.settings)
+    run, schedule = with_defaults(run, built.run), built.schedule
     task = build_task(run.task.name, run.task.settings)
-    resolved = resolve(run, method_settings, task.settings.model_dump(mode="json"))
+    resolved = resolve(run, built.settings, task.settings.model_dump(mode="json"))
     seed_everything(run.seed)
     loaded = load_model(
         run.model.name, dtype=run.model.dtype, device=run.model.device, trust_remote_code=run.model.trust_remote_code
@@ -118,7 +132,10 @@ def prepare(run: Run) -> Session:
         loops=number_of_loops(model),
     )
     s, o = run.sampling, run.optimizer
-    reference = copy.deepcopy(model).requires_grad_(False) if needs_reference(schedule.methods) else None
+    frozen = {
+        name: copy.deepcopy(model).requires_grad_(False) if path is None else _teacher(name, path, loaded, run.model)
+        for name, path in frozen_models(schedule.methods).items()
+    }
     learner = Learner(
         model,
         loaded.tokenizer,
@@ -135,7 +152,7 @@ def prepare(run: Run) -> Session:
             seed=run.seed,
         ),
         rate=learning_rate(o, run.steps),
-        reference=reference,
+        frozen=frozen,
     )
 
     def sampler(rows: int) -> EmbeddedSampler:

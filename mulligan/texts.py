@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
+from mulligan.errors import UserError
 from mulligan.models.loading import bos_context
 from mulligan.tasks.base import Task
 from mulligan.types import Problem, Tokens
@@ -40,20 +41,40 @@ class Texts:
         """The context of P(y): the tokenizer's BOS alone; an error where it has none."""
         return (bos_context(self.tokenizer),)
 
+    def behind(self, token: str) -> Tokens:
+        """One token of the user's choice as the whole context.
+
+        Raises:
+            UserError: the tokenizer knows no such token.
+        """
+        if token not in self.tokenizer.get_vocab():
+            raise UserError(f"tokenizer {self.tokenizer.name_or_path} has no token '{token}' to stand for BOS")
+        return (self.tokenizer.get_vocab()[token],)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a response, special tokens left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def step_ends(self, tokens: Tokens) -> list[int]:
-        """For each step of a response the index just behind its last token. Boundaries are token indices;
+        """For each step of a response the index just behind its last token."""
+        return self.steps(tokens)[1]
+
+    def steps(self, tokens: Tokens) -> tuple[list[str], list[int]]:
+        """The steps of a response, and for each the index just behind its last token. Boundaries are token indices;
         the text is never tokenised again. A token that straddles two steps belongs to the first."""
         text = self.decode(tokens)
-        ends, at = [], 0
-        for end in accumulate(len(step) for step in self.task.split_steps(text)):
+        steps = self.task.split_steps(text)
+        ends: list[int] = []
+        for end in accumulate(map(len, steps)):
             # By text and not by length: half a character decodes to one character too, a wrong one.
-            while not self.decode(tokens[:at]).startswith(text[:end]):
-                at += 1
-            ends.append(at)
+            low, high = ends[-1] if ends else 0, len(tokens)
+            while low < high:
+                middle = (low + high) // 2
+                if self.decode(tokens[:middle]).startswith(text[:end]):
+                    high = middle
+                else:
+                    low = middle + 1
+            ends.append(low)
         if ends:
             ends[-1] = len(tokens)  # EOS belongs to the last step
-        return ends
+        return steps, ends

@@ -6,9 +6,9 @@ import time
 from typing import Protocol
 
 from mulligan.assign import assign
-from mulligan.errors import UserError
 from mulligan.evaluate import Evaluation, evaluate
 from mulligan.log import RunLog
+from mulligan.measures import mechanism_metrics, rollout_metrics
 from mulligan.rollout import rollout
 from mulligan.rundir import open_directory, sample_records, save_state
 from mulligan.session import Session
@@ -82,6 +82,7 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         keep=method.keep,
         draws=run.sampling.draws,
         score=learner.score_samples,
+        memory=session.memory,
     )
     clock.lap("time/rollout")
     reporter.phase("updating", 0, 1)
@@ -114,40 +115,17 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         raise
     clock.lap("time/update")
     _count(session, forest)
+    if method.remember is not None:
+        method.remember(forest, session.memory)
     session.memory.commit()
     session.step = step + 1
-    record = {"step": session.step, **rollout_metrics(forest), **metrics, **session.memory["totals"], **clock.times}
+    seen = rollout_metrics(forest) | mechanism_metrics(forest, rows, session.texts)
+    record = {"step": session.step, **seen, **metrics, **session.memory["totals"], **clock.times}
     log.metrics(record)
     if run.log.samples:
         log.samples(sample_records(forest, rows))
     reporter.stepped(session.step, record)
     stopper.unshield()
-
-
-def rollout_metrics(forest: Forest) -> Metrics:
-    """What a step's samples were like. ``entropy`` is estimated from the drawn tokens, in nats a token."""
-    samples = [s for s in forest.samples if s.passed or s.failed]
-    if not samples:
-        raise UserError(f"step {forest.step + 1}: the verifier could score none of {len(forest.samples)} responses")
-    trees = len(forest.trees)
-    own = [len(s.behavior_logprobs) for s in samples]
-    passes = [[s.passed for s in t.samples if s.passed or s.failed] for t in forest.trees]
-    judged = [s.grade.process_correct for s in samples if s.grade.process_correct is not None]
-    out = {
-        "rollout/reward": sum(s.grade.reward for s in samples) / len(samples),
-        "rollout/pass": sum(s.passed for s in samples) / len(samples),
-        "rollout/none_pass": sum(not any(p) for p in passes) / trees,
-        "rollout/all_pass": sum(bool(p) and all(p) for p in passes) / trees,
-        "rollout/length": sum(own) / len(own),
-        "rollout/truncated": sum(s.truncated for s in samples) / len(samples),
-        "rollout/entropy": -sum(sum(s.behavior_logprobs) for s in samples) / max(sum(own), 1),
-        "rollout/samples": float(len(forest.samples)),
-        "rollout/unscorable": float(sum(s.grade.verdict == "unscorable" for s in forest.samples)),
-        "rollout/filtered": float(len(forest.filtered)),
-    }
-    if judged:
-        out["rollout/process_correct"] = sum(judged) / len(judged)
-    return out
 
 
 def _count(session: Session, forest: Forest) -> None:

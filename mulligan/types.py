@@ -22,6 +22,7 @@ HINTED = "hinted"  # sampled with the model's own wrong answers in the prompt
 RESET = "reset"  # a continuation of a failed chain from one of its steps
 DIAGNOSIS = "diagnosis"  # the model's own judgement of a chain; never trained by default
 ORIGINS = (FRESH, HINTED, RESET, DIAGNOSIS)
+EXTRA = "extra"  # a second round without any hint, LTE's control
 
 
 class Verdict(StrEnum):
@@ -65,6 +66,7 @@ class Grade:
     process_correct: bool | None = None  # every step right; None where no oracle exists
     first_wrong_step: int | None = None  # 1-based; None when all steps are right or no oracle exists
     steps: int = 0  # number of steps in the response, the answer's own included
+    mentions_hint: bool = False  # the response speaks of a hint, which its reader may not have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,19 +187,18 @@ class Stream:
     ``start_logprobs@sampling``.
 
     Raises:
-        ValueError: a quantity, model or loop that does not exist; it must not be taken for the default.
+        ValueError: a quantity or loop that does not exist; it must not be taken for the default. Whether the model
+            exists is checked against the method, which may bring models of its own (``Method.models``).
     """
 
     quantity: str = "logprobs"  # logprobs | entropy | exit_probability
-    model: str = "start"  # policy | start | reference | behavior
-    context: str = "learner"  # learner (the term's own context) | sampling | prompt | nothing
+    model: str = "start"  # policy | start | reference | behavior, or a name in the method's `models`
+    context: str = "learner"  # learner (the term's own context) | sampling | prompt | nothing | shuffled
     loop: int | None = None  # 1-based; None is the last loop that is run
 
     def __post_init__(self) -> None:
         if self.quantity not in QUANTITIES:
             raise ValueError(f"stream '{self.name}': quantity must be one of {', '.join(QUANTITIES)}")
-        if self.model not in MODELS:
-            raise ValueError(f"stream '{self.name}': model must be one of {', '.join(MODELS)}")
         if self.loop is not None and self.loop < 1:
             raise ValueError(f"stream '{self.name}': loops count from 1")
         if self.model == "behavior" and (self.quantity != "logprobs" or self.loop is not None):
@@ -225,6 +226,7 @@ class Row:
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # bool [T]
     advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [T]
     streams: dict[str, torch.Tensor] = field(default_factory=dict)  # detached, float32 [T]
+    as_start: frozenset[str] = frozenset()  # streams that equal this row's start log-probs, so nobody computes them
 
     @property
     def tokens(self) -> Tokens:

@@ -131,7 +131,7 @@ class Probe:
             torch.optim.SGD(model.parameters(), lr=rate),
             Plan(**({"clip_norm": 0.0} | plan)),
             rate=lambda _: rate,
-            reference=reference,
+            frozen={} if reference is None else {"reference": reference},
         )
         self.learner.guard = self._note
 

@@ -18,6 +18,7 @@ from mulligan import cli, doctor, evalcli
 from mulligan.errors import UserError
 from mulligan.methods import PRESETS
 from mulligan.models.loading import load_model
+from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.tasks import TASKS
 from mulligan.tasks.chain import Chain
 from tests.e2e.helpers import SMALL, call, make_model, refused
@@ -78,6 +79,23 @@ def test_every_command_has_help(command):
         (["train", "nowhere.toml"], ["nowhere.toml", "cannot read"]),
         (["train", "steps=1", "nowhere.toml"], ["'nowhere.toml' is neither"]),
         (["eval", "--samples", "0"], ["--samples"]),
+        (["eval", "--max-new-tokens", "0"], ["--max-new-tokens", "'0'", "such as 1,2,4"]),
+        (["eval", "--max-new-tokens", "64,many"], ["--max-new-tokens", "'64,many'"]),
+        (["eval", "--max-new-tokens", "all"], ["--max-new-tokens", "'all'"]),
+        (["eval", "--max-new-tokens", "64,32,64"], ["--max-new-tokens", "64 is named twice"]),
+        (["eval", "--loops", ""], ["--loops", "or 'all'"]),
+        (["eval", "--loops", "1,,2"], ["--loops", "'1,,2'"]),
+        (["eval", "--loops", "-1"], ["--loops", "'-1'"]),
+        (["eval", "--loops", "1.5"], ["--loops", "'1.5'"]),
+        (["eval", "--loops", "2,02"], ["--loops", "2 is named twice"]),
+        (["eval", "--loops", "٣"], ["--loops"]),
+        (["eval", "--loops", "9" * 5000], ["--loops"]),
+        (["eval", "--relative-to", "nowhere/at/all"], ["--relative-to", "nowhere/at/all"]),
+        (["eval", "--relative-to", "pico", "--probe", "hint"], ["--relative-to", "--probe"]),
+        (["eval", "--probe", "hint", "--loops", "1,2"], ["--probe hint", "--loops"]),
+        (["eval", "--probe", "hint", "--max-new-tokens", "1,2"], ["--probe hint", "--max-new-tokens"]),
+        (["eval", "--loops", "2", "--relative-to", "pico-qwen3"], ["--relative-to", "pico-qwen3 has no loops"]),
+        (["eval", "pico-qwen3", "--loops", "all"], ["--loops", "pico-qwen3 has no loops"]),
         (["eval", "--split", "train"], ["--split", "dev, test"]),
         (["eval", "--probe", "localization"], ["--probe", "did you mean 'localisation'"]),
         (["eval", "pico", "steps=3"], ["'steps=3'", "task.key=value alone"]),
@@ -126,7 +144,7 @@ def test_methods():
     rows = json.loads(call("methods", "--json").out)
     assert [r["name"] for r in rows] == list(PRESETS)
     for row in rows:
-        assert row["summary"] and row["settings"]["group_size"]["type"] == "integer"
+        assert row["summary"] and all("type" in setting for setting in row["settings"].values())
     grpo = next(r for r in rows if r["name"] == "grpo")
     assert grpo["paper"] == "2402.03300" and grpo["streams"] == ["start_logprobs"]
     assert grpo["settings"]["aggregation"]["choices"] == ["token", "sequence", "constant"]
@@ -162,7 +180,7 @@ def test_every_method_holds_its_contract(method, tiny, qwen3):
         said = call("train", "--model", model, "--method", method, "--dry-run")
         assert said.code in (0, 2), said
         if said.code:  # a method may need loops, and then says so
-            refused(said, method)
+            refused(said, method.removesuffix("-published"))
             assert model == qwen3
 
 
@@ -208,6 +226,137 @@ def test_eval_without_a_model_is_of_pico(monkeypatch, tiny):
     monkeypatch.setattr(evalcli, "load_model", lambda name: load_model(str(tiny)) if name == "pico" else None)
     told = json.loads(call("eval", "task.level=1", *EVAL, "--json").out)
     assert (told["settings"]["model"], told["settings"]["task"]["level"]) == ("pico", 1)
+
+
+# What a plain evaluation prints, in order; scripts read it.
+PLAIN = (
+    *("pass@1", "pass@1_low", "pass@1_high", "none_pass", "pass@2", "process_correct", "luck", "length", "truncated"),
+    *("unscorable", "problems", "samples", "settings"),
+)
+SETTINGS = (
+    *("model", "task", "split", "problems", "samples", "temperature", "max_new_tokens", "seed", "loops", "probe"),
+)
+DIFFERENCE = ("pass@1_difference", "pass@1_difference_low", "pass@1_difference_high")
+
+
+def test_a_single_pair_has_no_grid(tiny):
+    told = json.loads(call("eval", tiny, *EVAL, "--json", "--loops", "2").out)
+    assert (tuple(told), tuple(told["settings"])) == (PLAIN, SETTINGS)
+    assert (told["settings"]["loops"], told["settings"]["max_new_tokens"]) == (2, 12)
+    plain = json.loads(call("eval", tiny, *EVAL, "--json").out)
+    assert plain["settings"]["loops"] is None
+    assert plain | {"settings": told["settings"]} == told  # 2 loops are its own number
+
+
+def loads_of(monkeypatch):
+    """The names that are loaded from here on."""
+    names = []
+
+    def load(name):
+        names.append(name)
+        return load_model(name)
+
+    monkeypatch.setattr(evalcli, "load_model", load)
+    return names
+
+
+def test_a_grid_is_its_single_evaluations(tiny, monkeypatch):
+    names, ran = loads_of(monkeypatch), []
+
+    class Noted(EmbeddedSampler):
+        def __init__(self, *models, num_loops, max_new_tokens, **more):
+            ran.append((num_loops, max_new_tokens))
+            super().__init__(*models, num_loops=num_loops, max_new_tokens=max_new_tokens, **more)
+
+    monkeypatch.setattr(evalcli, "EmbeddedSampler", Noted)
+    said = call("eval", tiny, *EVAL[:4], "--max-new-tokens", "4,12", "--loops", "all", "--json", "task.level=1")
+    assert said.code == 0 and said.err == "" and names == [str(tiny)]
+    told = json.loads(said.out)
+    assert tuple(told) == ("grid", "settings")
+    assert (told["settings"]["loops"], told["settings"]["max_new_tokens"]) == ([1, 2], [4, 12])
+    assert [(e["loops"], e["max_new_tokens"]) for e in told["grid"]] == ran
+    assert ran == [(1, 4), (1, 12), (2, 4), (2, 12)]
+    for entry in told["grid"]:
+        pair = ("--loops", entry.pop("loops"), "--max-new-tokens", entry.pop("max_new_tokens"))
+        single = json.loads(call("eval", tiny, *EVAL[:4], *pair, "--json", "task.level=1").out)
+        assert tuple(entry) == evalcli.ENTRY
+        assert entry == {key: single[key] for key in evalcli.ENTRY}
+    assert len({entry["length"] for entry in told["grid"]}) > 1
+
+
+def test_all_loops_of_a_model_with_one_are_a_single_pair(tiny, monkeypatch):
+    monkeypatch.setattr(evalcli, "number_of_loops", lambda model: 1)
+    told = json.loads(call("eval", tiny, *EVAL, "--loops", "all", "--json").out)
+    assert "grid" not in told and told["settings"]["loops"] == 1
+
+
+def test_a_grid_of_a_task_without_an_oracle(qwen3, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    argv = ("eval", qwen3, *EVAL[:4], "--max-new-tokens", "2,3", "--task", "jsonl", "task.path=rows.jsonl")
+    grid = json.loads(call(*argv, "--json").out)["grid"]
+    assert [(e["loops"], e["process_correct"]) for e in grid] == [(None, None)] * 2
+    lines = call(*argv).out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["-", "2"], ["-", "3"]]
+
+
+@pytest.mark.parametrize("more", [(), ("--relative-to",)])
+def test_a_grid_fits_80_columns(more, tiny, monkeypatch):
+    monkeypatch.setattr(Chain, "verify", coin)  # so that numbers are not all 0
+    monkeypatch.setattr(cli, "out", Console(width=80))
+    argv = ("eval", tiny, "--problems", "8", "--samples", "2", "--max-new-tokens", "9,10", "--loops", "1,2")
+    said = call(*argv, *more, *([tiny] if more else []))
+    lines = said.out.splitlines()
+    assert said.code == 0 and max(map(len, lines)) <= 80
+    assert [line.split()[:2] for line in lines[1:5]] == [["1", "9"], ["1", "10"], ["2", "9"], ["2", "10"]]
+    assert lines[0].split()[:4] == ["loops", "limit", "pass@1", "[95"]
+    assert lines[5].startswith("settings")
+    assert all(line.rstrip().endswith("]") is bool(more) for line in lines[1:5])
+    entry = json.loads(call(*argv, "--json").out)["grid"][3]
+    assert f"{entry['pass@1']:.3f} [{entry['pass@1_low']:.3f}, {entry['pass@1_high']:.3f}]" in lines[4]
+    assert f" {entry['length']:.0f} " in lines[4] and f" {entry['truncated']:.3f}" in lines[4]
+
+
+def test_relative_to_another_model(tiny, qwen3, monkeypatch):
+    monkeypatch.setattr(Chain, "verify", coin)
+    names = loads_of(monkeypatch)
+    argv = ("--problems", "8", "--samples", "4", "--max-new-tokens", "12", "--json")
+    own, other = (json.loads(call("eval", model, *argv).out) for model in (tiny, qwen3))
+    names.clear()
+    told = json.loads(call("eval", tiny, *argv, "--relative-to", qwen3).out)
+    assert names == [str(tiny), str(qwen3)]
+    assert told["pass@1_difference"] == pytest.approx(own["pass@1"] - other["pass@1"])
+    assert told["pass@1_difference"] != 0
+    assert told["pass@1_difference_low"] <= told["pass@1_difference"] <= told["pass@1_difference_high"]
+    assert told["settings"] == own["settings"] | {"relative_to": str(qwen3)}
+    assert set(told) == set(own) | set(DIFFERENCE)
+    same = json.loads(call("eval", tiny, *argv, "--relative-to", tiny).out)
+    assert [same[key] for key in DIFFERENCE] == [0, 0, 0]
+
+
+def test_a_grid_relative_to_another_model(tiny, run, monkeypatch):
+    monkeypatch.setattr(Chain, "verify", coin)  # so that numbers are not all 0
+    argv = ("eval", run, "--problems", "8", "--samples", "4", "--max-new-tokens", "12", "--json")
+    grid = json.loads(call(*argv, "--loops", "1,2", "--relative-to", tiny).out)["grid"]
+    assert [tuple(entry) for entry in grid] == [("loops", "max_new_tokens", *evalcli.ENTRY, *DIFFERENCE)] * 2
+    for entry in grid:
+        single = json.loads(call(*argv, "--loops", entry["loops"], "--relative-to", tiny).out)
+        assert [entry[key] for key in DIFFERENCE] == [single[key] for key in DIFFERENCE]
+
+
+def test_thoughts_of_english_responses(tmp_path):
+    """A text model's counts are in the report, and its ratios are null where the base has none."""
+    model = make_model(tmp_path / "wide", context=256)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(40))
+    )
+    argv = ("eval", model, *EVAL, "--task", "jsonl", "task.path=rows.jsonl", "--relative-to", model)
+    told = json.loads(call(*argv, "--json").out)
+    assert told["thoughts"] >= 1 and told["reflection"] == told["transition"] == 0
+    assert told["reflection_ratio"] is None and told["transition_ratio"] is None
+    assert "reflection_ratio" in call(*argv).out
+    grid = json.loads(call(*argv[:-2], "--loops", "1,2", *argv[-2:], "--json").out)["grid"]
+    assert all(entry["transition_ratio"] is None for entry in grid)
 
 
 @pytest.mark.parametrize(

@@ -191,15 +191,19 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def resolved(run: Run) -> dict[str, Any]:
     task = build_task(run.task.name, run.task.settings)
-    return resolve(run, build_schedule(run.method.name, run.method.settings)[1], task.settings.model_dump(mode="json"))
+    return resolve(
+        run, build_schedule(run.method.name, run.method.settings).settings, task.settings.model_dump(mode="json")
+    )
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t != "jsonl"])
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize(
+    "method", [*PRESETS, "srpo+rltt", "dsrl(lte, steps=3)+rltt", "reinforce+++rltt(weighting=uniform)"]
+)
 def test_a_resolved_run_reads_back(task, method, tmp_path):
     run = load_run(None, [f"task.name={task}", f"method.name={method}", "sampling.stop=['\\n']", 'model.name=a"b'])
     data = resolved(run)
-    assert flatten(data).keys() >= {"steps", "out", "sampling.draws", "method.group_size", "task.seed"}
+    assert flatten(data).keys() >= {"steps", "out", "sampling.draws", "method.name", "task.seed"}
     file = tmp_path / "run.toml"
     file.write_text(to_toml(data))
     assert resolved(load_run(file)) == data

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from mulligan.errors import UserError
-from mulligan.evaluate import Evaluation, bootstrap, pass_at_k
+from mulligan.evaluate import Evaluation, bootstrap, evaluate, pass_at_k
+from mulligan.sampling.scripted import ScriptedSampler
+from mulligan.tasks.jsonl import Jsonl, JsonlSettings
+from mulligan.texts import Texts
 from mulligan.types import Completion, Grade, Problem, Request, Sample, Tree, Verdict
+from tests.helpers import TASK, TEXTS, TOKENIZER
 
 # --- pass@k ---------------------------------------------------------------------------------------------
 
@@ -77,7 +82,13 @@ def test_bootstrap_covers_the_truth():
 # --- an evaluation --------------------------------------------------------------------------------------
 
 
-def tree(index: int, *verdicts: Verdict, process: tuple[bool | None, ...] = (), tokens: int = 3) -> Tree:
+def tree(
+    index: int,
+    *verdicts: Verdict,
+    process: tuple[bool | None, ...] = (),
+    tokens: int = 3,
+    texts: tuple[str, ...] = (),
+) -> Tree:
     problem = Problem(task="toy", split="dev", index=index, prompt="?", answer="1")
     request = Request(problem=problem, group=index, n=len(verdicts), context=(1,), seeds=(0,) * len(verdicts))
     completion = Completion(tokens=(5,) * tokens, behavior_logprobs=(-1.0,) * tokens, finish="stop")
@@ -93,7 +104,7 @@ def tree(index: int, *verdicts: Verdict, process: tuple[bool | None, ...] = (), 
                 tokens=completion.tokens,
                 behavior_logprobs=completion.behavior_logprobs,
                 finish="length" if k == 0 else "stop",
-                text="",
+                text=(*texts, *[""] * 99)[k],
                 grade=grade,
             )
         )
@@ -138,3 +149,87 @@ def test_unscorable_samples_count_apart():
     assert "pass@2" not in found  # one problem has a single scorable sample
     with pytest.raises(UserError, match="not one response could be scored"):
         Evaluation([tree(0, U)], 1).numbers()
+
+
+# --- English responses ----------------------------------------------------------------------------------
+
+WAIT, OR, SO = "Wait.", "Alternatively.", "So."
+
+
+def test_thoughts_are_counted_a_response():
+    """Four scorable responses with 3, 1, 0 and 2 thoughts: 6 / 4; the unscorable one's do not count."""
+    trees = [
+        tree(0, P, F, texts=("So.\n\nWait.\n\nWait.", "Alternatively.")),
+        tree(1, F, P, U, texts=("", "So.\n\nWait.", "Wait.\n\nWait.")),
+    ]
+    found = Evaluation(trees, 3, english=True).numbers()
+    assert (found["thoughts"], found["reflection"], found["transition"]) == (6 / 4, 3 / 4, 1 / 4)
+    assert {"thoughts", "reflection", "transition"} & Evaluation(trees, 3).numbers().keys() == set()
+
+
+def test_an_evaluation_knows_whether_its_task_is_english(tmp_path):
+    """Two problems of two scripted responses: 1, 2, 3 and 1 thoughts, one of them reflection, two transition."""
+    rows = tmp_path / "test.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n" for i in range(2)))
+    task = Jsonl(JsonlSettings(path=str(tmp_path)))
+    said = {
+        "jsonl/test/0": ["\\boxed{1}", "wait, no.\n\n\\boxed{3}"],
+        "jsonl/test/1": ["1+1\n\nanother way\n\nalternatively \\boxed{2}", "\\boxed{2}"],
+    }
+    found = evaluate(
+        task, Texts(task, TOKENIZER), ScriptedSampler(TOKENIZER, said), split="test", problems=9, samples=2
+    ).numbers()
+    assert (found["thoughts"], found["reflection"], found["transition"]) == (7 / 4, 1 / 4, 2 / 4)
+    assert found["pass@1"] == 3 / 4
+    sampler = ScriptedSampler(TOKENIZER, lambda request, attempt: "wait")
+    assert "thoughts" not in evaluate(TASK, TEXTS, sampler, split="test", problems=1, samples=1).numbers()
+
+
+# --- two models -----------------------------------------------------------------------------------------
+
+
+def test_the_difference_is_paired_by_problem():
+    """Shares 1, 1/2, 0 against 1/2, 1/2, 1/2: gains of 1/2, 0 and -1/2."""
+    own = Evaluation([tree(0, P, P), tree(1, P, F), tree(2, F, F)], 2)
+    base = Evaluation([tree(i, F, P) for i in range(3)], 2)
+    found = own.relative_to(base)
+    low, high = bootstrap([0.5, 0.0, -0.5])
+    assert found == {"pass@1_difference": 0, "pass@1_difference_low": low, "pass@1_difference_high": high}
+    assert low < 0 < high
+    assert base.relative_to(own)["pass@1_difference_low"] == pytest.approx(-high)
+
+
+def test_the_difference_of_alike_models_is_a_point_however_hard_the_problems_differ():
+    """A tenth more on every problem; the shares themselves run from 0 to 0.9, so each mean alone is uncertain."""
+    own = Evaluation([tree(i, *[P] * (i + 1), *[F] * (9 - i)) for i in range(10)], 10)
+    base = Evaluation([tree(i, *[P] * i, *[F] * (10 - i)) for i in range(10)], 10)
+    found = own.relative_to(base)
+    for end in ("", "_low", "_high"):
+        assert found[f"pass@1_difference{end}"] == pytest.approx(0.1)
+    assert own.numbers()["pass@1_high"] - own.numbers()["pass@1_low"] > 0.2
+
+
+def test_the_difference_leaves_out_what_one_model_could_not_be_scored_on():
+    own = Evaluation([tree(0, P, F), tree(1, U, U), tree(2, F, F)], 2)
+    base = Evaluation([tree(0, F, F), tree(1, F, F), tree(2, U, P)], 2)
+    assert own.relative_to(base)["pass@1_difference"] == pytest.approx((0.5 - 1.0) / 2)
+    with pytest.raises(UserError, match="of both models"):
+        Evaluation([tree(0, U)], 1).relative_to(Evaluation([tree(0, P)], 1))
+
+
+def test_thoughts_relative_to_a_base():
+    """Reflection 3/2 a response against 1/2, transition 0 against 0; the base's second problem has no pair."""
+    own = Evaluation([tree(0, P, F, texts=(f"{WAIT}\n\n{WAIT}\n\n{SO}", WAIT)), tree(1, U, U)], 2, english=True)
+    base = Evaluation([tree(0, P, F, texts=(WAIT, SO)), tree(1, F, F, texts=(WAIT, OR))], 2, english=True)
+    found = own.relative_to(base)
+    assert (found["reflection_ratio"], found["transition_ratio"]) == (3.0, None)
+    found = base.relative_to(own)
+    assert (found["reflection_ratio"], found["transition_ratio"]) == (pytest.approx(1 / 3), None)
+    own.trees[0].samples[1].text = OR
+    assert own.relative_to(base)["transition_ratio"] is None
+    assert base.relative_to(own)["transition_ratio"] == 0.0
+
+
+def test_only_the_same_problems_are_compared():
+    with pytest.raises(AssertionError):
+        Evaluation([tree(0, P)], 1).relative_to(Evaluation([tree(1, P)], 1))

@@ -171,7 +171,7 @@ def test_what_is_no_answer_is_not_graded():
 def test_scores_alone_and_beside_samples():
     calls = []
 
-    def score(samples, stream):
+    def score(samples, stream, context):
         calls.append((len(samples), stream.name))
         return [torch.full((len(s.tokens),), float(s.uid % 10)) for s in samples]
 

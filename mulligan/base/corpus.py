@@ -62,7 +62,7 @@ CHAINS: dict[str, ChainSettings] = {
     "two": ChainSettings(registers=2),
 }
 COUNTDOWNS = {level: CountdownSettings(level=level) for level in (1, 2)}
-BOOLEANS = {level: BooleanSettings(level=level) for level in (1, 2, 3)}
+BOOLEANS = {level: BooleanSettings(level=level) for level in (1, 2)}
 
 
 def write_chain(task: Chain, problem: Problem, rates: Rates, factor: float, rng: Random) -> list[str]:
@@ -122,7 +122,7 @@ class Corpus:
 
     @staticmethod
     def _kinds() -> list[str]:
-        return [*CHAINS, "alone", "hint", "judge", "countdown", "search", "boolean"]
+        return [*CHAINS, "alone", "hint", "judge", "countdown", "boolean"]
 
     def row(self, index: int) -> Example:
         """Row ``index``."""
@@ -188,12 +188,8 @@ class Corpus:
     def _countdown(self, index: int, rng: Random) -> Example:
         return self._right(self.countdowns[rng.choices([1, 2], [2, 1])[0]], index)
 
-    def _search(self, index: int, rng: Random) -> Example:
-        """Countdown again, mostly of three numbers: the last step of each is a problem of two."""
-        return self._right(self.countdowns[rng.choices([1, 2], [1, 4])[0]], index)
-
     def _boolean(self, index: int, rng: Random) -> Example:
-        return self._right(self.booleans[rng.choice([1, 2, 3])], index)
+        return self._right(self.booleans[rng.choices([1, 2], [2, 1])[0]], index)
 
     def _right(self, task: Task, index: int) -> Example:
         problem = task.problem("corpus", index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import ContractError, UserError
 from mulligan.learner.packing import Batch, Item, micro_batches, pack
-from mulligan.learner.scoring import check_head, score
+from mulligan.learner.scoring import check_head, number_of_loops, score
 from mulligan.method import Method, Term
 from mulligan.models.loading import pad_id
 from mulligan.objective import REFERENCE, START, TokenView
 from mulligan.seeds import rng_of
-from mulligan.types import Metrics, Row, Sample, Stream
+from mulligan.types import Metrics, Row, Sample, Stream, Tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Plan:
 
 
 class Learner:
-    """Owns the policy, its optimizer and, where a term reads it, the frozen reference."""
+    """Owns the policy, its optimizer and the frozen models that terms read, ``reference`` among them."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class Learner:
         plan: Plan,
         *,
         rate: Callable[[int], float],
-        reference: PreTrainedModel | None = None,
+        frozen: Mapping[str, PreTrainedModel] | None = None,
     ) -> None:
         self.model, self.optimizer, self.plan, self.rate = model, optimizer, plan, rate
-        self.reference = reference
+        self.frozen = dict(frozen or {})
         self.pad = pad_id(tokenizer)
         check_head(model)
         self.updates = 0  # optimizer steps so far
@@ -84,16 +84,23 @@ class Learner:
                 for k, index in enumerate(indices):
                     rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
 
-    def score_samples(self, samples: Sequence[Sample], stream: Stream) -> list[torch.Tensor]:
-        """A stream on samples, for a pass that asks: float32 [T] each. "learner" and "sampling" both mean the
-        context that the sampler saw.
+    def score_samples(
+        self, samples: Sequence[Sample], stream: Stream, context: Tokens | None = None
+    ) -> list[torch.Tensor]:
+        """A stream on samples, for a pass that asks: float32 [T] each.
+
+        Args:
+            context: what stands before the responses; None is what the sampler saw, and so are the stream's own
+                "learner" and "sampling".
 
         Raises:
-            ContractError: another context; only a term's rows have those.
+            ContractError: the stream names another context; only a term's rows have those.
         """
         if stream.context not in ("learner", "sampling"):
-            raise ContractError(f"stream '{stream.name}': a pass can score in the sampler's context alone")
-        rows = [Row(sample=s, context=s.request.context, group=s.group) for s in samples]
+            raise ContractError(f"stream '{stream.name}': a pass gives its context as tokens: ask.scores(context=...)")
+        rows = [
+            Row(sample=s, context=s.request.context if context is None else context, group=s.group) for s in samples
+        ]
         self.fill_streams(rows, [stream], lambda row, _: row.context)
         return [row.streams[stream.name] for row in rows]
 
@@ -110,11 +117,11 @@ class Learner:
         return out.logprobs[0]
 
     def _model_of(self, stream: Stream) -> PreTrainedModel:
-        if stream.model == "reference":
-            if self.reference is None:
-                raise ContractError(f"stream '{stream.name}' needs a frozen reference, and the learner has none")
-            return self.reference
-        return self.model
+        if stream.model in ("policy", "start"):
+            return self.model
+        if stream.model not in self.frozen:
+            raise ContractError(f"stream '{stream.name}' needs a frozen {stream.model}, and the learner has none")
+        return self.frozen[stream.model]
 
     def _item(self, row: Row, context: tuple[int, ...], wanted: torch.Tensor) -> Item:
         temperature = row.sample.request.temperature
@@ -191,21 +198,18 @@ class Learner:
         self, rows: list[Row], weights: list[float], term: Term, owner: str, fresh: bool, tally: _Tally
     ) -> None:
         batch = pack([self._item(row, row.context, row.mask) for row in rows], self.pad, self.device)
-        scores = score(self.model, batch, loops=term.readout.loops, entropy=term.entropy, exits=term.readout.exits)
+        loops = term.readout.loops
+        loops = tuple(range(1, number_of_loops(self.model) + 1)) if loops == "all" else loops
+        scores = score(self.model, batch, loops=loops, entropy=term.entropy, exits=term.readout.exits)
         last = scores.logprobs[-1]
         own = [row.mask for row in rows]
 
         def flat(values: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([v[m] for v, m in zip(values, own, strict=True)]).to(self.device)
 
-        streams = {}
-        for stream in term.reads:
-            if stream == START and START.name not in rows[0].streams:
-                if not fresh:
-                    raise ContractError(f"{owner}: '{START.name}' is missing in a later update of the batch")
-                streams[stream.name] = last.detach()
-            else:
-                streams[stream.name] = flat([require(row, stream, owner) for row in rows])
+        if fresh:
+            _keep_start(rows, last)
+        streams = {stream.name: flat([require(row, stream, owner) for row in rows]) for stream in term.reads}
         token_weights = torch.tensor(weights, dtype=last.dtype, device=self.device)[batch.row]
         shared = {
             "advantages": flat([row.advantages for row in rows]),
@@ -214,6 +218,7 @@ class Learner:
             "streams": streams,
             "policy_entropy": scores.entropy,
             "exit_probabilities": scores.exits,
+            "loop_logprobs": scores.logprobs.detach(),
             "owner": owner,
         }
         # The surrogate is differentiated by the last loop's log-probs alone; the readout then spreads that
@@ -234,7 +239,7 @@ class Learner:
             surrogate,
             penalty,
             leaf.detach(),
-            streams.get(START.name),
+            flat([row.streams[START.name] for row in rows]) if any(START.name in r.streams for r in rows) else None,
             flat([behavior_logprobs(r) for r in rows]),
             fresh,
         )
@@ -259,9 +264,21 @@ def behavior_logprobs(row: Row) -> torch.Tensor:
     return torch.tensor((0.0,) * row.sample.branch + row.sample.behavior_logprobs)
 
 
+def _keep_start(rows: Sequence[Row], policy: torch.Tensor) -> None:
+    """Before the first update the policy *is* the start: its log-probs [N], detached, become the rows' start streams
+    where those were not computed already (0 where nothing is trained)."""
+    if any(START.name in row.streams for row in rows):
+        return
+    pieces = policy.detach().cpu().split([int(row.mask.sum()) for row in rows])
+    for row, piece in zip(rows, pieces, strict=True):
+        values = torch.zeros(len(row.tokens), dtype=piece.dtype)
+        values[row.mask] = piece
+        row.streams[START.name] = values
+
+
 def require(row: Row, stream: Stream, owner: str) -> torch.Tensor:
     """A row's stream, or an error that names method and field."""
-    values = row.streams.get(stream.name)
+    values = row.streams.get(START.name if stream.name in row.as_start else stream.name)
     if values is None:
         raise ContractError(f"{owner}: '{stream.name}' is missing in the row of sample {row.sample.uid}")
     if values.shape != (len(row.tokens),):
@@ -322,6 +339,8 @@ class _Tally:
         return out
 
 
-def needs_reference(methods: Sequence[Method]) -> bool:
-    """Whether any term reads a stream of the frozen reference."""
-    return any(s.model == REFERENCE.model for m in methods for t in m.terms for s in (*t.reads, *t.credit.reads))
+def frozen_models(methods: Sequence[Method]) -> dict[str, str | None]:
+    """The frozen models that any term reads: name -> what to load, None for the reference (the policy as it began)."""
+    read = {s.model for m in methods for t in m.terms for s in (*t.reads, *t.credit.reads)}
+    named = {name: path for m in methods for name, path in m.models.items()}
+    return ({REFERENCE.model: None} if REFERENCE.model in read else {}) | named

@@ -16,6 +16,9 @@ from mulligan.objective import Clipped
 from mulligan.rollout import fresh
 from mulligan.types import Tree
 
+PUBLISHED = {"group_size": 16}
+RUN = {"optimizer.updates_per_batch": 16}
+
 
 def mixed(tree: Tree) -> bool:
     """Whether some samples pass and some fail."""

@@ -18,6 +18,7 @@ from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import KL, Clipped, EntropyBonus, constant, sequence_mean, token_mean
 from mulligan.rollout import fresh
 
+PUBLISHED = {"group_size": 64, "aggregation": "sequence", "kl": 0.04}
 AGGREGATIONS = {"token": token_mean, "sequence": sequence_mean, "constant": constant}
 
 

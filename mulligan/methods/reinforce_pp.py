@@ -15,6 +15,8 @@ from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import KL, Clipped
 from mulligan.rollout import fresh
 
+PUBLISHED = {"kl": 1e-3}
+
 
 def reinforce_pp(
     group_size: Count = 8, clip_low: NotNegative = 0.2, clip_high: NotNegative = 0.2, kl: NotNegative = 0.0

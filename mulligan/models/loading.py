@@ -87,7 +87,9 @@ def bos_context(tokenizer: PreTrainedTokenizerBase) -> int:
         UserError: the tokenizer has none, so the user has to choose a token.
     """
     if tokenizer.bos_token_id is None:
-        raise UserError(f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no BOS; choose one")
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no BOS; choose a token: method.bos=..."
+        )
     return int(cast(Any, tokenizer.bos_token_id))
 
 

@@ -39,6 +39,7 @@ class Task(ABC):
     summary: ClassVar[str]
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
     has_oracle: ClassVar[bool] = False  # knows the truth of every step
+    english: ClassVar[bool] = False  # responses are English prose, whose thoughts can be counted
 
     def __init__(self, settings: TaskSettings | None = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
@@ -67,6 +68,10 @@ class Task(ABC):
             wrong_answers: de-duplicated; may be empty (then only ``concise`` speaks).
             concise: asks for a short solution.
         """
+
+    def mentions_hint(self, response: str) -> bool:
+        """Whether a response speaks of the hint, so that it would make no sense to a reader without one."""
+        return False
 
     @abstractmethod
     def diagnosis(self, problem: Problem, steps: Sequence[str]) -> str:
@@ -107,6 +112,7 @@ class Task(ABC):
             process_correct=(right and wrong is None) if self.has_oracle else None,
             first_wrong_step=wrong,
             steps=len(steps),
+            mentions_hint=self.mentions_hint(response),
         )
 
 
@@ -160,7 +166,7 @@ def boxed(response: str) -> str | None:
 
 
 def split_after(response: str, delimiter: str) -> list[str]:
-    """Pieces that end in the delimiter, and the rest; joined they give the response; none is empty.
+    r"""Pieces that end in the delimiter, and the rest; joined they give the response; none is empty.
 
     >>> split_after("1x+y=3+8=1;2z*7=1*7=7;\\boxed{177}", ";")
     ['1x+y=3+8=1;', '2z*7=1*7=7;', '\\boxed{177}']

@@ -20,10 +20,10 @@ HINTS = 4  # wrong answers in a hint, at most (there is only one wrong truth val
 
 
 class BooleanSettings(TaskSettings):
-    """``level`` is the number of operators. Level 1 draws one or two: there are only 10 expressions with one operator,
-    too few to give every split its own."""
+    """``level`` + 2 operators: there are only 10 expressions of one operator and 90 of two, too few to give every
+    split its own."""
 
-    level: int = Field(default=3, ge=1, le=6)
+    level: int = Field(default=1, ge=1, le=6)
 
 
 class Boolean(GeneratedTask):
@@ -38,8 +38,7 @@ class Boolean(GeneratedTask):
     has_oracle: ClassVar[bool] = True
 
     def draw(self, rng: Random, split: str) -> tuple[str, Problem]:
-        level = self.settings.level
-        tree = _random_tree(rng, rng.randint(1, 2) if level == 1 else level)
+        tree = _random_tree(rng, self.settings.level + 2)
         text = show(tree)
         answer = show(reduced(tree)[-1])
         return text, Problem(

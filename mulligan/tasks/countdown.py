@@ -1,6 +1,7 @@
 r"""Countdown: make the target from the numbers, each used exactly once.
 
-Prompt ``3,7,5>22?``, response ``3*5=15;7+15=22;\boxed{7+3*5}``: a step turns two of the numbers at hand into one.
+Prompt ``3,7,5>22?``, response ``3*5=15:7,15;7+15=22:22;\boxed{7+3*5}``: a step turns two of the numbers at hand into
+one and says what is at hand then, so that what remains reads like a smaller problem.
 The right answer is not unique: any expression that uses every number once and gives the target is right.
 """
 
@@ -31,17 +32,20 @@ from mulligan.tasks.expressions import (
 from mulligan.types import Problem
 
 HINTS = 4  # wrong answers in a hint, at most
-_STEP = re.compile(r"([0-9]{1,6})([-+*])([0-9]{1,6})=([0-9]{1,6});")
+_STEP = re.compile(r"([0-9]{1,6})([-+*])([0-9]{1,6})=([0-9]{1,6}):([0-9]{1,6}(?:,[0-9]{1,6}){0,9});")
 
 Numbers = tuple[int, ...]  # the numbers at hand, sorted
 Move = tuple[int, str, int, int]  # a, operator, b, result
 
 
 class CountdownSettings(TaskSettings):
-    """``level`` + 1 numbers from 1 to ``largest``; the result of every step lies in 0..``limit``."""
+    """``level`` + 1 numbers from 1 to ``largest``; the result of every step lies in 0..``limit``.
+
+    Small numbers make few problems: of two numbers up to 9 there are some 130 in all splits together.
+    """
 
     level: int = Field(default=2, ge=1, le=4)
-    largest: int = Field(default=9, ge=2, le=999)
+    largest: int = Field(default=99, ge=2, le=999)
     limit: int = Field(default=99, ge=2, le=9999)
 
     @model_validator(mode="after")
@@ -85,8 +89,7 @@ class Countdown(GeneratedTask):
         """The first solution in the order of :func:`moves`; it depends on the numbers as a set, not on their order."""
         start = tuple(sorted(problem.data["numbers"]))
         path = solve(start, problem.data["target"], self.settings.limit)
-        steps = "".join(f"{a}{op}{b}={c};" for a, op, b, c in path)
-        return f"{steps}\\boxed{{{show_arithmetic(combined(start, path))}}}"
+        return f"{''.join(write_steps(start, path))}\\boxed{{{show_arithmetic(combined(start, path))}}}"
 
     def hint(self, problem: Problem, wrong_answers: Sequence[str], *, concise: bool = False) -> str:
         """``3,7,5>22!3*5-7,3+5+7?``; ``~`` before the question mark asks for a short solution."""
@@ -94,16 +97,17 @@ class Countdown(GeneratedTask):
         return f"{problem.prompt[:-1]}{wrong}{'~' if concise else ''}?"
 
     def diagnosis(self, problem: Problem, steps: Sequence[str]) -> str:
-        """``3,7,5>22?3*5=15;15+7=21;\\boxed{3*5+7}@``."""
+        """``3,7,5>22?3*5=15:7,15;7+15=21:21;\\boxed{7+3*5}@``."""
         return f"{problem.prompt}{''.join(steps)}@"
 
     def split_steps(self, response: str) -> list[str]:
         return split_after(response, ";")
 
     def first_wrong_step(self, problem: Problem, steps: Sequence[str]) -> int | None:
-        """A step is right when its numbers are at hand, its arithmetic is exact, its result lies in 0..limit and the
-        target can still be reached. The last segment is the answer's: right when it is a box alone, its expression is
-        correct and the steps left nothing but the target. An empty response is wrong at 1."""
+        """A step is right when its numbers are at hand, its arithmetic is exact, its result lies in 0..limit, it says
+        what is left (in any order) and the target can still be reached from that. The last segment is the answer's:
+        right when it is a box alone, its expression is correct and the steps left nothing but the target. An empty
+        response is wrong at 1."""
         pool = tuple(sorted(problem.data["numbers"]))
         for at, step in enumerate(steps[:-1], start=1):
             after = self._after(pool, step)
@@ -151,7 +155,23 @@ class Countdown(GeneratedTask):
         exact = a + b if match[2] == "+" else a - b if match[2] == "-" else a * b
         if c != exact or c > self.settings.limit:
             return None
-        return tuple(sorted((*rest, c)))
+        left = tuple(sorted((*rest, c)))
+        return left if left == tuple(sorted(map(int, match[5].split(",")))) else None
+
+
+def write_steps(numbers: Numbers, path: Sequence[Move]) -> list[str]:
+    """The steps as text.
+
+    >>> write_steps((3, 5, 7), ((3, "*", 5, 15), (7, "+", 15, 22)))
+    ['3*5=15:7,15;', '7+15=22:22;']
+    """
+    pool, steps = list(numbers), []
+    for a, op, b, c in path:
+        pool.remove(a)
+        pool.remove(b)
+        pool = sorted([*pool, c])
+        steps.append(f"{a}{op}{b}={c}:{','.join(map(str, pool))};")
+    return steps
 
 
 def moves(numbers: Numbers, limit: int) -> Iterator[tuple[Move, Numbers]]:

@@ -7,6 +7,7 @@ The prompts are English, for models that read it; the texts of hint and diagnosi
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from mulligan.verify.answer import equal, final_answer
 SPLITS = ("train", "dev", "test")
 FINISH = "and put your final answer within \\boxed{}."
 THOROUGH = f"Please reason step by step, {FINISH}"
+_HINT = re.compile(r"\bhint(s|ed)?\b|\bincorrect answers\b", re.IGNORECASE)
 CONCISE = f"Please think concisely, {FINISH}"
 
 
@@ -58,6 +60,7 @@ class Jsonl(Task):
     name: ClassVar[str] = "jsonl"
     summary: ClassVar[str] = "questions and final answers from your own JSON lines"
     Settings: ClassVar[type[TaskSettings]] = JsonlSettings
+    english: ClassVar[bool] = True
 
     def __init__(self, settings: TaskSettings | None = None) -> None:
         if settings is None:
@@ -115,6 +118,9 @@ class Jsonl(Task):
             )
         parts.append(CONCISE if concise else THOROUGH)
         return "\n".join(parts)
+
+    def mentions_hint(self, response: str) -> bool:
+        return _HINT.search(response) is not None
 
     def diagnosis(self, problem: Problem, steps: Sequence[str]) -> str:
         listed = "\n".join(f"Step {at}: {step.strip()}" for at, step in enumerate(steps, start=1))

@@ -76,7 +76,7 @@ def token_losses(part, case: Case) -> tuple[list[float], list[float]]:
 
 def of_method(name: str, case: Case, **settings) -> tuple[float, list[float]]:
     """Loss and slopes of a preset's only term on these advantages, weights included."""
-    schedule, _ = build_schedule(name, settings)
+    schedule = build_schedule(name, settings).schedule
     (term,) = schedule.at(0).terms
     view = case.view()
     assert term.weight == 1 and not term.regularisers and term.readout.loops is None
@@ -263,8 +263,8 @@ def test_entropy_bonus():
 
 
 def test_presets_take_regularisers_only_when_asked():
-    assert build_schedule("grpo", {})[0].at(0).terms[0].regularisers == ()
-    (term,) = build_schedule("grpo", {"kl": 0.04, "entropy_bonus": 1e-3})[0].at(0).terms
+    assert build_schedule("grpo", {}).schedule.at(0).terms[0].regularisers == ()
+    (term,) = build_schedule("grpo", {"kl": 0.04, "entropy_bonus": 1e-3}).schedule.at(0).terms
     assert term.regularisers == (KL(coefficient=0.04), EntropyBonus(coefficient=1e-3))
     assert term.reads == (START, REFERENCE) and term.entropy
 

@@ -349,7 +349,6 @@ def test_a_reference_is_the_frozen_model():
     ("wrong", "message"),
     [
         ({"quantity": "logits"}, "quantity must be one of"),
-        ({"model": "ema"}, "model must be one of"),
         ({"loop": 0}, "count from 1"),
         ({"model": "behavior", "quantity": "entropy"}, "log-probs of the last loop alone"),
     ],

@@ -1,7 +1,8 @@
 import pytest
+from pydantic import ValidationError
 
 from mulligan.tasks.boolean import Boolean, BooleanSettings, reductions, show
-from mulligan.tasks.expressions import boolean
+from mulligan.tasks.expressions import Leaf, Node, boolean
 from mulligan.types import Problem
 
 TASK = Boolean()
@@ -67,10 +68,34 @@ def test_answers():
     assert TASK.extract("F;") is None
 
 
-@pytest.mark.parametrize("level", range(2, 7))
+@pytest.mark.parametrize("level", range(1, 7))
 def test_level_counts_operators(level):
     task = Boolean(BooleanSettings(level=level))
     for index in range(30):
         text = task.problem("train", index).data["expression"]
-        assert sum(map(text.count, "&|!")) == level
+        assert sum(map(text.count, "&|!")) == level + 2
         assert show(boolean(text)) == text
+
+
+def every_tree(size):
+    if size == 0:
+        return [Leaf(False), Leaf(True)]
+    pairs = [(a, b) for n in range(size) for a in every_tree(n) for b in every_tree(size - 1 - n)]
+    return [Node("!", (a,)) for a in every_tree(size - 1)] + [Node(op, pair) for op in "&|" for pair in pairs]
+
+
+def test_why_level_1_has_three_operators():
+    """E(n) = E(n-1) + 2 sum E(k) E(n-1-k), E(0) = 2: 2 + 2*4 = 10, 10 + 2*(2*20) = 90, 90 + 2*(2*180 + 100) = 1010.
+
+    Each has a text of its own, which reads back as the same tree."""
+    for size, count in ((1, 10), (2, 90), (3, 1010)):
+        trees = every_tree(size)
+        texts = {show(tree) for tree in trees}
+        assert len(trees) == len(texts) == count
+        assert all(boolean(show(tree)) == tree for tree in trees)
+
+
+@pytest.mark.parametrize("level", [0, 7])
+def test_levels(level):
+    with pytest.raises(ValidationError):
+        BooleanSettings(level=level)

@@ -59,6 +59,18 @@ def test_default_splits_are_disjoint_over_many_problems(task):
     assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
 
 
+@pytest.mark.parametrize(
+    "task", [Countdown(CountdownSettings(level=1)), Countdown(), Boolean()], ids=["countdown-1", "countdown", "boolean"]
+)
+def test_every_split_has_problems_of_its_own(task):
+    """A corpus or test set of a few dozen different problems would be memorised, or noise.
+
+    The least of these is 1,010 boolean expressions of three operators: an eighth of them, some 126, is for the test.
+    """
+    for split in BUCKETS:
+        assert len({identity(task, task.problem(split, i)) for i in range(400)}) > 80
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_problem_is_a_pure_function(task):
     again = type(task)()
@@ -82,7 +94,7 @@ def test_settings_that_leave_no_problem():
             task.problem(split, 0)
 
 
-garbage = st.text(max_size=80) | st.text(alphabet="0123456789+-*=;TF&|!()\\boxed{}", max_size=80)
+garbage = st.text(max_size=80) | st.text(alphabet="0123456789+-*=:,;TF&|!()\\boxed{}", max_size=80)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
