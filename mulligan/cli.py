@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mulligan.errors import UserError
 
@@ -212,6 +213,41 @@ def export(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[method.key=value ...]", help="The other method's settings.")
+    ] = None,
+    *,
+    step: Annotated[int, typer.Option(min=1, help="A step of the run's log.")],
+    method: Annotated[str, typer.Option(help="The other method, as for train.")],
+    as_json: Json = False,
+) -> None:
+    """Show a step's logged rollouts under another method's credit, without training."""
+    from mulligan.replay import replay as run_replay
+
+    report = run_replay(run, step, method, overrides or [])
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    own, other = report["methods"]["run"], report["methods"]["replay"]
+    names = f"run: {_phase(own)}; replay: {_phase(other)}"
+    meaning = "A: advantage, the mean over a sample's trained tokens, below it min..max"
+    for line in (f"step {step} of {run}", names, report["weights"]["line"], *report["notes"], meaning):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print(_advantages(report["samples"]))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("", "run", "replay"):
+        table.add_column(name, justify="right" if name else "left")
+    for key in ("problems", "rows", "trained_tokens", "gradient_norm", "logged_gradient_norm", "snr"):
+        told = [side.get(key) for side in (own, other)]
+        table.add_row(key.replace("_", " "), *("-" if n is None else f"{n:.4g}" for n in told))
+    out.print(table)
+    cosine = report["cosine"]
+    out.print(f"cosine of the two gradients {'-' if cosine is None else f'{cosine:.4f}'}", highlight=False)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine and this installation have, and whether the pico base runs."""
     from mulligan.doctor import examine
@@ -278,6 +314,34 @@ def _grid(entries: list[dict[str, Any]]) -> Table:
             row.append(f"{difference:+.1f} [{low:.1f}, {high:.1f}]")
         table.add_row(*row)
     return table
+
+
+def _phase(side: dict[str, Any]) -> str:
+    return side["name"] + (f" (now {side['phase']})" if side["phase"] != side["name"] else "")
+
+
+def _advantages(samples: list[dict[str, Any]]) -> Table:
+    """One row a sample, both methods' advantages side by side, 80 columns wide."""
+    widths = {"problem": 11, "origin": 9, "verdict": 8, "A run": 14, "A replay": 14, "response": 19}
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, width in widths.items():
+        table.add_column(name, width=width, no_wrap=name == "response", justify="right" if name[:2] == "A " else "left")
+    before = None
+    for sample in samples:
+        problem = sample["problem"].partition("/")[2]
+        cells = ["" if problem == before else problem, sample["origin"], sample["verdict"]]
+        cells += [_advantage(sample["run"]), _advantage(sample["replay"]), " ".join(sample["response"].split())]
+        table.add_row(*map(Text, cells))
+        before = problem
+    return table
+
+
+def _advantage(told: dict[str, Any] | None) -> str:
+    """The mean over the trained tokens, and below it from where to where, unless it is the same on all of them."""
+    if told is None:
+        return "not trained"
+    low, mean, high = (f"{told[key] or 0:+.3g}" for key in ("min", "mean", "max"))
+    return mean if told["min"] == told["max"] else f"{mean}\n{low}..{high}"
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:

@@ -106,10 +106,20 @@ class LogSection(Section):
     tensorboard: bool = False
 
 
+class DiagnoseSection(Section):
+    """What is measured beside the training."""
+
+    alignment: int = Field(
+        default=0, ge=0, description="steps between cosines of the gradients of log P(y) and log P(y|x); 0: never"
+    )
+    samples: int = Field(default=8, ge=1, description="samples a cosine is taken over")
+
+
 class Run(Section):
     """A whole run."""
 
     steps: int = Field(default=60, ge=1)
+    tokens: int | None = Field(default=None, ge=1, description="end once so many tokens were sampled, of any kind")
     seed: int = 0
     out: str | None = Field(default=None, description="the run's directory; named after the run when left out")
     model: ModelSection = ModelSection()
@@ -120,6 +130,7 @@ class Run(Section):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    diagnose: DiagnoseSection = DiagnoseSection()
 
     @model_validator(mode="after")
     def _possible(self) -> Run:
@@ -138,7 +149,7 @@ class Run(Section):
 
 
 # A resumed run may differ from the first in these alone.
-MAY_CHANGE = ("steps", "out", "log.tensorboard", "model.device")
+MAY_CHANGE = ("steps", "tokens", "out", "log.tensorboard", "model.device")
 
 
 def load_run(file: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Run:

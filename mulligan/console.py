@@ -83,7 +83,7 @@ class ConsoleReporter:
         told = (numbers, evaluation.examples())
         if step == 0:
             self.before = told
-        if step == self.session.run.steps:
+        else:  # the last one stays
             self.after = told
         self.console.print(f"step {step}: held-out accuracy {interval(numbers)}", soft_wrap=True)
         self._last = time.monotonic()

@@ -21,6 +21,7 @@ from mulligan.types import Forest, Stream, Tree
 # Types of methods' settings: the command line holds them to these bounds.
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from mulligan.errors import ContractError
+from mulligan.errors import ContractError, UserError
 from mulligan.types import Row, Stream
 
 START = Stream(model="start")
@@ -87,14 +87,21 @@ class Clipped:
 
     Args:
         low, high: the clip range is ``[1 - low, 1 + high]``.
-        dual: dual clip (arXiv 1912.09729): for A < 0 the loss never exceeds ``-dual * A``; None is off.
+        dual: dual clip (arXiv 1912.09729), above 1: for A < 0 the loss never exceeds ``-dual * A``; None is off.
         below: what the ratio is taken to; ``SAMPLED`` for rows that were drawn behind a hint.
+
+    Raises:
+        UserError: a dual clip of 1 or less.
     """
 
     low: float = 0.2
     high: float = 0.2
     dual: float | None = None
     below: Stream = START
+
+    def __post_init__(self) -> None:
+        if self.dual is not None and not self.dual > 1:
+            raise UserError(f"the dual clip is {self.dual}, but must be above 1, where the ratio begins")
 
     @property
     def reads(self) -> tuple[Stream, ...]:

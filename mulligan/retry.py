@@ -87,7 +87,9 @@ def _others(problem: Problem, ask: Ask, n: int) -> list[str]:
     size = task.size(problem.split) or 1 << 20
     out: list[str] = []
     for _ in range(20 * n):
+        if len(out) == n:
+            break
         answer = task.problem(problem.split, rng.randrange(size)).answer
-        if len(out) < n and not task.correct(problem, answer) and answer not in out:
+        if not task.correct(problem, answer) and answer not in out:
             out.append(answer)
     return out

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mulligan.checkpoint import (
+    Checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_model_tensors,
@@ -141,7 +142,15 @@ def load_run_model(directory: Path) -> tuple[LoadedModel, dict[str, Any]]:
     found = load_checkpoint(directory / CHECKPOINTS)
     if found is None:
         raise UserError(f"{directory} has no checkpoint yet")
-    settings = read_toml(directory / RUN)
+    return checkpoint_model(directory, found), read_toml(directory / RUN)
+
+
+def checkpoint_model(directory: Path, found: Checkpoint) -> LoadedModel:
+    """The model of one of a run's checkpoints, on the CPU.
+
+    Raises:
+        UserError: the run's ``model/`` cannot be read.
+    """
     try:
         # In the dtype of the run from the start: casting afterwards would round the rotary tables, too.
         dtype = next(iter(found.tensors["model"].values())).dtype
@@ -150,31 +159,37 @@ def load_run_model(directory: Path) -> tuple[LoadedModel, dict[str, Any]]:
     except Exception as error:  # damaged tokenizer files raise anything at all
         raise UserError(f"{directory / MODEL}: cannot be loaded: {reason(error)}") from error
     load_model_tensors(model, found.tensors["model"])
-    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=str(directory)), settings
+    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=str(directory))
 
 
 def sample_records(forest: Forest, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """The lines of ``samples.jsonl`` for one step, those of filtered groups too."""
+    """The lines of ``samples.jsonl`` for one step, those of filtered groups too.
+
+    In the order of asking, problem by problem: the samples of one request are n lines in a row.
+    """
     trained: dict[int, list[Row]] = {}
     for row in rows:
         trained.setdefault(row.sample.uid, []).append(row)
-    for tree in (*forest.trees, *forest.filtered):
-        for sample in tree.samples:
-            yield _sample_record(forest.step, sample, trained.get(sample.uid, []))
+    for trees, filtered in ((forest.trees, False), (forest.filtered, True)):
+        for tree in trees:
+            for sample in tree.samples:
+                yield _sample_record(forest.step, sample, trained.get(sample.uid, []), filtered)
 
 
-def _sample_record(step: int, sample: Sample, rows: Sequence[Row]) -> dict[str, Any]:
-    """One line: enough to replay the step. Log-probs are rounded to 1e-6 nats."""
+def _sample_record(step: int, sample: Sample, rows: Sequence[Row], filtered: bool) -> dict[str, Any]:
+    """One line: with its step's others enough to replay the step. Log-probs are rounded to 1e-6 nats."""
     request, grade = sample.request, sample.grade
     return {
         "step": step + 1,
         "uid": sample.uid,
         "problem": request.problem.uid,
+        "filtered": filtered,
         "group": sample.group,
         "origin": sample.origin,
         "parent": request.parent,
         "branch": sample.branch,
         "attempt": sample.attempt,
+        "n": request.n,
         "seed": request.seeds[sample.attempt],
         "prompt": request.problem.prompt,
         "gold": request.problem.answer,
@@ -186,8 +201,11 @@ def _sample_record(step: int, sample: Sample, rows: Sequence[Row]) -> dict[str, 
         "process_correct": grade.process_correct,
         "first_wrong_step": grade.first_wrong_step,
         "steps": grade.steps,
+        "mentions_hint": grade.mentions_hint,
         "finish": sample.finish,
         "temperature": request.temperature,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": list(request.stop),
         "context_tokens": list(request.context),
         "tokens": list(sample.tokens),
         "behavior_logprobs": [round(x, 6) for x in sample.behavior_logprobs],

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from mulligan.config import ModelSection, OptimizerSection, Run, resolve, with_defaults
+from mulligan.config import ModelSection, OptimizerSection, Run, flatten, resolve, with_defaults
 from mulligan.contract import check_schedule
 from mulligan.errors import UserError
 from mulligan.learner.scoring import number_of_loops
@@ -103,7 +103,7 @@ def prepare(run: Run) -> Session:
     Raises:
         UserError: the first thing that cannot work, in one line.
     """
-    built = build_schedule(run.method.name, run.method.settings)
+    built = build_schedule(run.method.name, run.method.settings, flatten(run.model_dump(exclude_unset=True)))
     run, schedule = with_defaults(run, built.run), built.schedule
     task = build_task(run.task.name, run.task.settings)
     resolved = resolve(run, built.settings, task.settings.model_dump(mode="json"))
@@ -123,6 +123,8 @@ def prepare(run: Run) -> Session:
             f"the prompt of {problem.uid} ({' '.join(task.prompt(problem)[:40].split())!r}...) has {longest} tokens; "
             f"the model's context holds {room}"
         )
+    if run.diagnose.alignment:
+        texts.nothing()  # P(y) needs a BOS; better now than at the first cosine
     notes = check_schedule(
         schedule,
         task,

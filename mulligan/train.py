@@ -7,6 +7,7 @@ from typing import Protocol
 
 from mulligan.assign import assign
 from mulligan.evaluate import Evaluation, evaluate
+from mulligan.learner.alignment import alignment
 from mulligan.log import RunLog
 from mulligan.measures import mechanism_metrics, rollout_metrics
 from mulligan.rollout import rollout
@@ -42,7 +43,7 @@ def train(session: Session, reporter: Reporter, *, resume: bool = False) -> None
                 stopper.check()
                 if _evaluation_due(session):
                     _evaluate(session, log, reporter, stopper)
-                done = session.step == session.run.steps
+                done = _done(session)
                 due = done or session.step % session.run.checkpoint.every == 0
                 if due and session.step and (session.step, session.evaluated) != saved:
                     reporter.phase("saving", 0, 1)
@@ -88,6 +89,10 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
     reporter.phase("updating", 0, 1)
     rows = assign(method, forest, session.texts, learner.fill_streams, run.sampling.max_new_tokens)
     clock.lap("time/assign")
+    every, aligned = run.diagnose.alignment, {}
+    if every and step % every == 0:
+        aligned = alignment(learner.model, [row.sample for row in rows], session.texts, run.diagnose.samples)
+        clock.lap("time/diagnose")
     several = run.optimizer.epochs * run.optimizer.updates_per_batch > 1
     # Weights move inside update. One optimizer step is shielded from its start; a batch of several may take
     # long, so there a signal puts back the weights from before it.
@@ -119,7 +124,7 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         method.remember(forest, session.memory)
     session.memory.commit()
     session.step = step + 1
-    seen = rollout_metrics(forest) | mechanism_metrics(forest, rows, session.texts)
+    seen = rollout_metrics(forest) | mechanism_metrics(forest, rows, session.texts) | aligned
     record = {"step": session.step, **seen, **metrics, **session.memory["totals"], **clock.times}
     log.metrics(record)
     if run.log.samples:
@@ -142,7 +147,13 @@ def _evaluation_due(session: Session) -> bool:
     if session.evaluated == session.step:
         return False
     every = session.run.eval.every
-    return session.step in (0, session.run.steps) or bool(every and session.step % every == 0)
+    return session.step == 0 or _done(session) or bool(every and session.step % every == 0)
+
+
+def _done(session: Session) -> bool:
+    """Whether the steps, or the tokens that may be sampled, are spent."""
+    spent = session.memory.get("totals", {"total/tokens": 0})["total/tokens"]
+    return session.step >= session.run.steps or (session.run.tokens is not None and spent >= session.run.tokens)
 
 
 def _evaluate(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper) -> None:

@@ -247,7 +247,7 @@ def test_a_step_on_the_shipped_model_is_the_librarys(name: str, method: Method, 
     # Adam's first step is nearly lr * sign(gradient), so where a gradient is next to 0 rounding shows.
     moved = torch.cat([(weights[n].detach() - before[n]).flatten() for n in before])
     apart = torch.cat([(weights[n].detach() - p.detach()).flatten() for n, p in loaded.model.named_parameters()])
-    assert float(moved.norm()) > 0 and float(apart.norm()) < 1e-2 * float(moved.norm())
+    assert float(moved.norm()) > 0 and float(apart.norm()) < 2e-2 * float(moved.norm())
 
 
 def test_the_command_prints_a_line_a_step(capsys: pytest.CaptureFixture[str]):

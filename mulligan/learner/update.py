@@ -142,7 +142,7 @@ class Learner:
         """
         plan = self.plan
         several = plan.epochs * plan.updates_per_batch > 1
-        if several and any(START in term.reads for term in method.terms):
+        if several and (any(START in term.reads for term in method.terms) or any(row.as_start for row in rows)):
             self.fill_streams(rows, [START], lambda row, _: row.context)
         records: list[Metrics] = []
         try:

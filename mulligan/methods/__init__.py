@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from mulligan.methods import controls, dapo, dsrl, grpo, lte, nsr, prerl, reinforce_pp, rltt, srpo
 from mulligan.methods.cispo import cispo
 from mulligan.methods.dr_grpo import dr_grpo
@@ -51,11 +53,14 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def build_schedule(text: str, settings: dict | None = None) -> Built:
+def build_schedule(text: str, settings: dict | None = None, named: Collection[str] = ()) -> Built:
     """What ``method.name`` and its settings say, built: ``"lte"``, ``"srpo+rltt"``, ``"dsrl(lte, steps=20)"``,
     ``"./mine.py:my_method"``.
+
+    Args:
+        named: settings of the run that the user gives, so that no preset brings its own.
 
     Raises:
         UserError: an unknown name or setting, a wrong type, parts that clash; names the nearest valid one.
     """
-    return build(text, settings or {}, PRESETS)
+    return build(text, settings or {}, PRESETS, named)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,12 @@ class Built:
     run: dict[str, Any]
 
 
-def build(text: str, settings: Mapping[str, Any], presets: Mapping[str, Preset]) -> Built:
+def build(text: str, settings: Mapping[str, Any], presets: Mapping[str, Preset], named: Collection[str] = ()) -> Built:
     """Builds a composition.
 
     Args:
         settings: by name; with several methods a bare setting goes to the one that has it, a table to its method.
+        named: settings of the run that the user gives (``optimizer.updates_per_batch``); there no preset is asked.
 
     Raises:
         UserError: whatever does not fit, in one line.
@@ -64,7 +65,7 @@ def build(text: str, settings: Mapping[str, Any], presets: Mapping[str, Preset])
     run: dict[str, Any] = {}
     for name, preset in found.items():
         for key, value in preset.run.items():
-            if run.setdefault(key, value) != value:
+            if key not in named and run.setdefault(key, value) != value:
                 raise UserError(
                     f"method.name: {name} wants {key}={value}, another method of '{text}' {run[key]}: name it"
                 )
@@ -128,21 +129,30 @@ def _make(tree: Call | Sum, found: Mapping[str, Preset], resolved: Mapping[str, 
     made = preset.build(*inner, **resolved[tree.name])
     if not isinstance(made, Method | Schedule):
         raise UserError(f"method.name: {tree.name} returns {type(made).__name__}, not a Method or a Schedule")
+    for key in resolved[tree.name]:
+        if _without(key, preset, inner, resolved[tree.name]) == made:
+            raise UserError(f"method.{tree.name}.{key}: has no effect beside the other settings")
     return made
 
 
 def _check_idle(call: Call, made: Method, preset: Preset, resolved: Mapping[str, Any]) -> None:
     """Refuses a setting that is lost in the composition, because it touches no part that the method gives."""
-    defaults = preset.resolve({})
-    for key, value in resolved.items():
-        if value != defaults[key]:
-            other = preset.build(**{**resolved, key: defaults[key]})
-            if isinstance(other, Method) and all(
-                _part(made, p) == _part(other, p) for p in made.changes | other.changes
-            ):
-                raise UserError(
-                    f"method.{call.name}.{key}: has no effect here: {call.name} gives {', '.join(made.changes)}"
-                )
+    for key in resolved:
+        other = _without(key, preset, (), resolved)
+        if isinstance(other, Method) and all(_part(made, p) == _part(other, p) for p in made.changes | other.changes):
+            gives = ", ".join(sorted(made.changes))
+            raise UserError(f"method.{call.name}.{key}: has no effect here: {call.name} gives {gives}")
+
+
+def _without(
+    key: str, preset: Preset, inner: Sequence[Method | Schedule], resolved: Mapping[str, Any]
+) -> Method | Schedule | None:
+    """The method with one setting at its default; None where it has that value, or where it cannot have it."""
+    settings = preset.without(key, resolved)
+    try:
+        return None if settings is None else preset.build(*inner, **settings)
+    except UserError:  # the default does not go with the other settings, so this one matters
+        return None
 
 
 def _part(method: Method, name: str) -> Any:

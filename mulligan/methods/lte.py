@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mulligan.method import Count, Method, NotNegative, Term
+from mulligan.method import Count, Method, NotNegative, Positive, Term
 from mulligan.objective import SAMPLED, ByOrigin, Clipped, EntropyBonus, SeparateMeans, Shaped, token_mean
 from mulligan.retry import Extra, Hinted
 from mulligan.rollout import fresh
@@ -33,7 +33,7 @@ RUN = {"optimizer.updates_per_batch": 4}
 def lte(
     group_size: Count = 8,
     ratio: Literal["shaped", "clipped"] = "shaped",
-    gamma: NotNegative = 0.1,
+    gamma: Positive = 0.1,
     most: Count | None = None,
     separate: bool = False,
     entropy_bonus: NotNegative = 0.0,
@@ -57,7 +57,7 @@ def lte(
     return Method(name="lte", passes=(fresh(group_size), Hinted(group_size)), terms=(term,))
 
 
-def lte_dagger(group_size: Count = 8, gamma: NotNegative = 0.1, entropy_bonus: NotNegative = 1e-3) -> Method:
+def lte_dagger(group_size: Count = 8, gamma: Positive = 0.1, entropy_bonus: NotNegative = 1e-3) -> Method:
     """LTE with an entropy bonus. Settings as for lte."""
     return lte(group_size, "shaped", gamma, entropy_bonus=entropy_bonus).replace(name="lte-dagger")
 

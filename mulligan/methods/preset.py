@@ -54,12 +54,22 @@ class Preset:
         hints = get_type_hints(self.build, include_extras=True)
         parameters = inspect.signature(self.build).parameters.items()
         fields: dict[str, Any] = {
-            name: (hints.get(name, Any), self.defaults.get(name, parameter.default))
+            name: (
+                hints.get(name, Any),
+                self.defaults.get(name, ... if parameter.default is parameter.empty else parameter.default),
+            )
             for name, parameter in parameters
             if name != _METHOD
         }
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         return create_model(f"{self.name} settings", __config__=config, **fields)
+
+    def without(self, key: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Complete settings with one of them at its default; None where it has that value or no default."""
+        field = self.settings().model_fields[key]
+        if field.is_required() or field.default == settings[key]:
+            return None
+        return {**settings, key: field.default}
 
     def resolve(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with every default filled in.
@@ -76,6 +86,8 @@ class Preset:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
+            if first["type"] == "missing":
+                raise UserError(f"method.{where}: {self.name} has no default for it") from None
             raise UserError(f"method.{where}: {first['msg']} (got {first['input']!r})") from None
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mulligan.errors import UserError
 from mulligan.method import Count, Method, NotNegative, Term
 from mulligan.objective import KL, AllLoops, Reinforce, sequence_mean
 from mulligan.rollout import fresh
@@ -45,6 +46,9 @@ def rltt(
         positive_only: early loops learn from A > 0 alone.
         kl: coefficient of KL(policy, reference).
     """
+    for name, given, needs in (("train_gate", train_gate, "exit"), ("power", power != 1.0, "progressive")):
+        if given and weighting != needs:
+            raise UserError(f"rltt: {name} has no effect with weighting={weighting}; it is about {needs} weights")
     readout = AllLoops(
         weighting=weighting, power=power, train_gate=train_gate, ratio_cap=ratio_cap, positive_only=positive_only
     )

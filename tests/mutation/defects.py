@@ -1,7 +1,7 @@
 """Known defects of published releases, each as one change to the package that some test must notice.
 
-Each was found in code that others ran their experiments with, and none stopped a run or raised a warning there.
-The source names the section and point of the list of methods in docs/methods/ where it is described.
+Most were found in code that published experiments ran on, where none of them stopped a run or raised a warning. The
+methods' own files (mulligan/methods/) list them among the deviations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Defect:
     """One change: ``old``, which stands exactly once in the file, becomes ``new``.
 
     Args:
-        source: whose defect it is.
+        source: whose defect it is, and what happens there.
         tests: ids of tests that pass, and of which at least one fails with the change.
     """
 
@@ -142,6 +142,22 @@ DEFECTS = (
         tests=(f"{CONTRACT}test_the_learner_requires_every_declared_stream[missing]",),
     ),
     Defect(
+        name="prompt-tokens-in-p-of-y",
+        source="DSRL: what the update on P(y) conditions on is BOS alone",
+        file="mulligan/context.py",
+        old="""nothing = Context("nothing", lambda sample, texts: texts.nothing())""",
+        new="""nothing = Context("nothing", lambda sample, texts: texts.prompt(sample.request.problem))""",
+        tests=(f"{SCORING}test_rows_in_the_context_of_nothing_hold_no_prompt_token[looped]",),
+    ),
+    Defect(
+        name="reward-trains-the-gate",
+        source="RLTT: its exit weights are not detached, so that the reward trains the gate",
+        file="mulligan/objective.py",
+        old="view.exit_probabilities if self.train_gate else view.exit_probabilities.detach()",
+        new="view.exit_probabilities",
+        tests=("tests/golden/test_parts.py::test_loops_by_exit_probability",),
+    ),
+    Defect(
         name="std-with-n-1",
         source="presets that stem from verl: a sample's standard deviation where the paper has the population's",
         file="mulligan/credit.py",
@@ -151,7 +167,7 @@ DEFECTS = (
     ),
     Defect(
         name="ratios-at-temperature-1",
-        source="SRPO samples at 0.7 and scores without the temperature, as do others",
+        source="the GRPO family: log-probs at temperature 1 of what was drawn at another",
         file="mulligan/learner/update.py",
         old="(self.plan.temperature if temperature is None else temperature) or 1.0",
         new="1.0",
