@@ -283,11 +283,29 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=1))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    by_name = {row["name"]: row for row in rows}
     for row in rows:
-        settings = " ".join(f"{k}={'' if v['default'] is None else v['default']}" for k, v in row["settings"].items())
+        published = by_name.get(f"{row['name']}-published")
+        if row["name"].removesuffix("-published") in by_name.keys() - {row["name"]}:
+            continue  # told beside the preset of our own
         note = f" (arXiv {row['paper']})" if row.get("paper") else ""
-        table.add_row(f"[bold]{row['name']}[/]", f"{row['summary']}{note}\n[dim]{settings}[/]")
+        lines = [f"{row['summary']}{note}", f"[dim]{_words(_defaults(row))}[/]"]
+        if "changes" in row:
+            read = ", ".join(row["streams"]) or "policy_logprobs alone"
+            lines.append(f"[dim]changes: {', '.join(row['changes']) or 'nothing (the baseline)'}; reads: {read}[/]")
+        if published:
+            other = {k: v for k, v in _defaults(published).items() if v != row["settings"][k]["default"]}
+            lines.append(f"[dim]-published: {_words(other | published['run']) or 'the same'}[/]")
+        table.add_row(f"[bold]{row['name']}[/]", "\n".join(lines))
     out.print(table)
+
+
+def _defaults(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: setting["default"] for key, setting in row["settings"].items()}
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return " ".join(f"{k}={'' if v is None else v}" for k, v in settings.items())
 
 
 def _grid(entries: list[dict[str, Any]]) -> Table:

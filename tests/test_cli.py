@@ -149,7 +149,8 @@ def test_methods():
     assert grpo["paper"] == "2402.03300" and grpo["streams"] == ["start_logprobs"]
     assert grpo["settings"]["aggregation"]["choices"] == ["token", "sequence", "constant"]
     shown = call("methods").out
-    assert all(name in shown for name in PRESETS)
+    assert all(name in shown for name in PRESETS if not name.endswith("-published"))
+    assert "-published: group_size=64 aggregation=sequence kl=0.04" in " ".join(shown.split())
 
 
 # --- dry runs -------------------------------------------------------------------------------------------

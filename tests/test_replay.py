@@ -26,11 +26,11 @@ from mulligan.sampling.scripted import ScriptedSampler
 from mulligan.session import prepare
 from mulligan.tasks.chain import Chain, ChainSettings
 from mulligan.texts import Texts
-from mulligan.types import Grade
+from mulligan.types import Forest, Grade
 from tests.e2e.helpers import call, make_model, refused
 from tests.helpers import TASK, TEXTS, TOKENIZER
 
-LEVEL, LONGEST = 4, 96
+LEVEL, LONGEST = 2, 48
 
 
 class Silent:
@@ -188,17 +188,18 @@ def test_the_runs_own_method_gives_what_was_logged(name, step, runs):
 
 
 def test_another_credit_gives_other_advantages(runs):
-    """Dr.GRPO: r - mean of the group, and a constant denominator in place of all tokens."""
+    """MaxRL: (r - mean) / mean, and 0 in a group without a pass; all else is GRPO's."""
     directory, live = runs["grpo"]
-    report = replay(directory, 2, "dr-grpo")
-    forest, _ = live[1]
+    report = replay(directory, 1, "maxrl")
+    forest, _ = live[0]
     for sample, told in zip(forest.samples, report["samples"], strict=True):
-        group = [s.grade.reward for s in forest.samples if s.group == sample.group]
-        assert told["replay"]["mean"] == pytest.approx(sample.grade.reward - sum(group) / 4, abs=1e-6)
-    assert any(told["run"] != told["replay"] for told in report["samples"])
+        centre = sum(s.grade.reward for s in forest.samples if s.group == sample.group) / 4
+        assert told["replay"]["mean"] == pytest.approx((sample.grade.reward - centre) / centre if centre else 0.0)
+    assert sum(told["run"] != told["replay"] for told in report["samples"]) >= 8
     run, other = report["methods"]["run"], report["methods"]["replay"]
-    assert other["gradient_norm"] < 0.9 * run["gradient_norm"] and other["snr"] != run["snr"]
-    assert 0.5 < report["cosine"] < 1 - 1e-4
+    assert other["gradient_norm"] != pytest.approx(run["gradient_norm"], rel=0.01)
+    assert other["snr"] != pytest.approx(run["snr"], rel=0.001)
+    assert 0.5 < report["cosine"] < 0.999
     assert other["settings"]["group_size"] == 8 and run["settings"]["group_size"] == 4
 
 
@@ -210,7 +211,7 @@ def test_origins_are_never_invented(runs):
     assert grpo["notes"] == ["grpo never draws hinted samples; the logged ones go through its select as they are"]
     hinted = [told for told in grpo["samples"] if told["origin"] == "hinted"]
     assert all(told["replay"] for told in hinted) and not all(told["run"] for told in hinted)
-    assert grpo["cosine"] < 0.9
+    assert grpo["cosine"] < 0.99
 
 
 def test_a_group_filter_narrows_the_batch(runs):
@@ -228,9 +229,9 @@ def test_a_group_filter_narrows_the_batch(runs):
 
 def test_a_schedule_is_what_it_is_at_the_step(runs):
     directory, _ = runs["grpo"]
-    phases = [replay(directory, step, "dsrl(grpo, steps=1)")["methods"]["replay"]["phase"] for step in (1, 2)]
-    assert phases[0] != "grpo" and phases[1] == "grpo"
-    warm_up = replay(directory, 1, "dsrl")
+    warm_up, after = (replay(directory, step, "dsrl(grpo, steps=1)") for step in (1, 2))
+    assert after["methods"]["replay"]["phase"] == "grpo" != warm_up["methods"]["replay"]["phase"]
+    assert all(told["run"] == told["replay"] for told in after["samples"])
     failed = [told for told in warm_up["samples"] if told["replay"]]
     assert failed and all(told["verdict"] == "fail" and told["replay"]["max"] < 0 for told in failed)
 
@@ -243,12 +244,10 @@ def test_settings_of_the_runs_own_method_are_kept(runs):
     )  # at ratio 1 both are A grad log pi
 
 
-def test_several_updates_of_a_batch_are_one_here(tmp_path, runs):
-    run = validate(
-        settings(tmp_path / "run", {"name": "srpo", "chains": 2, "resets": 2}, 1, optimizer={"updates_per_batch": 2})
-    )
-    training.train(prepare(run), Silent())
-    report = replay(tmp_path / "run", 1, "srpo")
+def test_several_updates_of_a_batch_are_one_here(grpo):
+    toml = (grpo / "run.toml").read_text()
+    (grpo / "run.toml").write_text(toml.replace("updates_per_batch = 1", "updates_per_batch = 2"))
+    report = replay(grpo, 1, "grpo")
     assert report["notes"] == ["the run makes 2 updates of a batch; the gradients here are those of the batch as one"]
     assert report["methods"]["run"]["rows"] == 16 and report["methods"]["run"]["off_log"] == 0.0
 
@@ -286,7 +285,7 @@ def test_signal_to_noise_by_brute_force(runs):
     gradients = []
     for tree in forest.trees:
         loss = torch.zeros((), dtype=torch.float64)
-        for row in (r for r in rows if r.sample in tree.samples):
+        for row in (r for r in rows if r.sample in tree.samples and r.advantages.any()):
             ids = torch.tensor([(*row.context, *row.tokens)])
             logprobs = model(input_ids=ids).logits.double().log_softmax(-1)[0, len(row.context) - 1 : -1]
             drawn = logprobs.gather(-1, torch.tensor(row.tokens)[:, None])[:, 0][row.sample.branch :]
@@ -307,7 +306,8 @@ def test_signal_to_noise_by_brute_force(runs):
 )
 def test_the_parts_add_up_to_the_batch(method, runs):
     """Problem by problem the gradient is that of one whole update, whatever the denominators; no weight moves."""
-    forest, _ = runs["lte"][1][0]
+    live, _ = runs["lte"][1][0]
+    forest = Forest(0, live.trees[:2])
     made, texts = build_schedule(method).schedule.at(0), Texts(Chain(ChainSettings(level=LEVEL)), TOKENIZER)
     model = load_model("pico", device="cpu").model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -315,7 +315,7 @@ def test_the_parts_add_up_to_the_batch(method, runs):
     rows = assign(made, forest, texts, learner.fill_streams, LONGEST)
     whole = learner.update(rows, made, 0)
     sums, told = problem_gradients(learner, rows, made, forest)
-    assert sums.n == 4 and sums.norm > 0
+    assert sums.n == 2 and sums.norm > 0
     assert sums.norm == pytest.approx(whole["update/gradient_norm"], rel=1e-5)
     assert told["loss"] == pytest.approx(whole["update/loss"], abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -325,13 +325,12 @@ def test_the_parts_add_up_to_the_batch(method, runs):
 
 
 def test_which_weights(grpo):
-    exact = replay(grpo, 2, "grpo")
     shutil.rmtree(grpo / "checkpoints" / "step-00000001")
     later = replay(grpo, 2, "grpo")
     assert later["weights"]["line"] == "weights: checkpoints/step-00000002, 1 step later than those that sampled step 2"
     assert later["weights"]["away"] == 1 and later["methods"]["run"]["off_log"] == 0.0
-    assert later["methods"]["run"]["gradient_norm"] != pytest.approx(exact["methods"]["run"]["gradient_norm"], rel=1e-3)
-    assert replay(grpo, 1, "grpo")["weights"]["name"] == "the base model pico"
+    run = later["methods"]["run"]
+    assert run["gradient_norm"] != pytest.approx(run["logged_gradient_norm"], rel=1e-3)
     toml = (grpo / "run.toml").read_text()
     (grpo / "run.toml").write_text(toml.replace('name = "pico"', 'name = "./gone"'))
     gone = replay(grpo, 1, "grpo")["weights"]
@@ -354,16 +353,16 @@ def test_other_weights_than_sampled_are_noticed(grpo):
 
 
 def test_the_command(runs):
-    directory, _ = runs["lte"]
-    argv = ("replay", directory, "--step", "1", "--method", "dr-grpo", "method.group_size=4")
+    directory, _ = runs["grpo"]
+    argv = ("replay", directory, "--step", "1", "--method", "dapo", "method.group_size=4")
     said = call(*argv)
     assert said.code == 0, said
     lines = said.out.splitlines()
     table = lines[lines.index(next(line for line in lines if line.startswith("problem "))) :]
     assert max(map(len, table)) <= 80
-    report = replay(directory, 1, "dr-grpo", ["method.group_size=4"])
-    assert json.loads(call(*argv, "--json").out) == report
-    assert len(table) > len(report["samples"]) and "not trained" in said.out
+    report = json.loads(call(*argv, "--json").out)
+    assert report["methods"]["replay"]["settings"]["group_size"] == 4
+    assert len(table) > len(report["samples"]) == 16 and "not trained" in said.out
     assert report["weights"]["line"] in lines and all(note in lines for note in report["notes"])
     first = next(line for line in table if line.startswith("train/0"))
     told = report["samples"][0]

@@ -1,6 +1,6 @@
 """LTE (arXiv 2510.26109) and its controls as exact numbers, and what of a hint reaches the learner.
 
-The batch: four fresh samples F0 to F3 of five tokens that all fail, and a second round behind a hint: H4 passes with five
+The batch: four fresh samples of five tokens that all fail, and a second round behind a hint: H4 passes with five
 tokens, H5 fails, H6 passes with two tokens, H7 fails. So H4 and H6 replace two of the failures. Of the ratios 0.5, 0.9,
 1, 1.1, 2, H4's are u = pi(o|x) / pi_start(o|hint, x), the failures' rho = pi(o|x) / pi_start(o|x); H6's are 1.
 """
@@ -47,7 +47,7 @@ SECOND = [
     for uid, reward, length in ((H4, 1.0, 5), (H5, 0.0, 3), (H6, 1.0, 2), (H7, 0.0, 4))
 ]
 TREE = [*FAILURES, *SECOND]
-GIVEN = {uid: RATIOS for uid in (0, 1, 2, 3, H4)}
+GIVEN = dict.fromkeys((0, 1, 2, 3, H4), RATIOS)
 # Rewards 1, 1, 0, 0: mean 1/2, std 1/2.
 A = 0.5 / (0.5 + EPS)
 # f(u) = u / (u + 1/10) at 0.5, 0.9, 1, 1.1, 2, and its slope in log u, (1/10) u / (u + 1/10)^2
@@ -115,7 +115,7 @@ def test_most():
 
 
 def test_as_many_rescues_as_failures():
-    """By default one failure stays, whatever the second round brings; as published none does, and nothing is learned."""
+    """By default one failure stays, whatever the second round brings; as published none, and nothing is learned."""
     every = [*FAILURES, *(sample_of(uid, 1.0, group=1, origin=HINTED) for uid in range(4, 8))]
     found = table(lte(4), every)
     assert len(stayed(found)) == 1 and len(found) == 4

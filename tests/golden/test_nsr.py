@@ -1,6 +1,6 @@
 """NSR, PSR and W-REINFORCE (arXiv 2506.01347) as exact numbers.
 
-The batch, two groups: P passes, N fails, both with the ratios 0.5, 0.9, 1, 1.1, 2; S passes, with two tokens of ratio 1;
+The batch, two groups: P passes, N fails, both with the ratios 0.5, 0.9, 1, 1.1, 2; S passes with two tokens of ratio 1;
 D is of a group of its own in which everything fails, with three tokens of ratio 1.
 """
 

@@ -96,7 +96,7 @@ def test_dual_clip_and_factor():
     ratios = {N: (9.0, 20.0, 1.0, 1.0, 1.0)}
     found = table(method_of("nsr-prerl-published"), *GROUPS, ratios=ratios)
     check(found[N], advantage=-0.5, weight=0.01 / 5, losses=[4.5, 5, 0.5, 0.5, 0.5], slopes=[4.5, 0, 0.5, 0.5, 0.5])
-    with pytest.raises(UserError, match="dual clip is 0.5, but must be above 1"):
+    with pytest.raises(UserError, match=r"dual clip is 0\.5, but must be above 1"):
         method_of("nsr-prerl", dual_clip=0.5)
 
 
