@@ -4,13 +4,14 @@ BIN := .venv/bin
 SEED ?= 0
 OUT ?= runs/demo-seed$(SEED)
 
-.PHONY: help install demo test slow test-kill lint format clean
+.PHONY: help install demo test slow test-kill mutation lint format clean
 
 help:
 	@echo "make demo       train the pico base with GRPO, about two minutes; SEED=1 for another seed"
 	@echo "make test       the tests"
 	@echo "make slow       longer checks        make test-kill  random kills and resumption"
 	@echo "make lint       ruff and pyright     make install    .venv with pinned versions"
+	@echo "make mutation   breaks credit and objective in every small way; the tests must notice"
 
 install: .venv/.installed
 
@@ -32,6 +33,9 @@ slow: install
 
 test-kill: install
 	$(BIN)/python -m pytest -q -m kill
+
+mutation: install
+	$(BIN)/python -m tests.mutation.run
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ import torch
 
 from mulligan.assign import assign
 from mulligan.checkpoint import list_checkpoints, read_checkpoint
-from mulligan.config import Run, load_run, read_toml, validate
+from mulligan.config import Run, flatten, load_run, read_toml, validate
 from mulligan.contract import check_schedule
 from mulligan.errors import UserError
 from mulligan.learner.scoring import number_of_loops
@@ -153,11 +153,12 @@ def replay(directory: Path, step: int, method: str, overrides: Sequence[str] = (
     run = validate(read_toml(directory / RUN), str(directory / RUN))
     if not run.log.samples:
         raise UserError(f"{directory} has no samples to replay: it was run with log.samples=false")
+    named = flatten(run.model_dump())  # the run's other settings stand, whatever a preset would bring
     try:
-        own = build_schedule(run.method.name, run.method.settings)
+        own = build_schedule(run.method.name, run.method.settings, named)
     except UserError as error:
         raise UserError(f"{directory / RUN}: {error}") from error
-    other = build_schedule(method, _settings(run, method, overrides))
+    other = build_schedule(method, _settings(run, method, overrides), named)
     records, metrics = read_samples(directory, step), _logged_metrics(directory, step)
     task = build_task(run.task.name, run.task.settings)
     forest = rebuild(records, task)

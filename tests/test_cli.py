@@ -60,11 +60,11 @@ EVAL = ("--problems", "3", "--samples", "2", "--max-new-tokens", "12")
 def test_without_arguments_the_help_is_shown():
     said = call()
     assert "Usage: mulligan" in said.out and said.err == ""
-    for command in ("train", "eval", "tasks", "methods", "base", "export", "doctor"):
+    for command in ("train", "eval", "tasks", "methods", "base", "export", "replay", "doctor"):
         assert command in said.out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "tasks", "methods", "base", "export", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "tasks", "methods", "base", "export", "replay", "doctor"])
 def test_every_command_has_help(command):
     said = call(command, "--help")
     assert said.code == 0 and f"Usage: mulligan {command}" in said.out

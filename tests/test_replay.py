@@ -12,7 +12,7 @@ import torch
 
 import mulligan.train as training
 from mulligan.assign import assign
-from mulligan.config import validate
+from mulligan.config import read_toml, to_toml, validate
 from mulligan.errors import UserError
 from mulligan.learner.update import Learner, Plan
 from mulligan.log import read_metrics
@@ -244,6 +244,20 @@ def test_settings_of_the_runs_own_method_are_kept(runs):
     )  # at ratio 1 both are A grad log pi
 
 
+def test_settings_of_a_composition_are_kept_method_by_method(grpo):
+    toml = read_toml(grpo / "run.toml")
+    toml["method"] = {"name": "srpo+rltt", "srpo": {"chains": 3}, "rltt": {"weighting": "progressive", "power": 3.0}}
+    (grpo / "run.toml").write_text(to_toml(toml))
+    report = replay(grpo, 1, "srpo+rltt", ["method.surrogate=clipped", "method.rltt.power=2.0"])
+    run, other = (report["methods"][who]["settings"] for who in ("run", "replay"))
+    assert (run["srpo"]["chains"], run["srpo"]["surrogate"], run["rltt"]["power"]) == (3, "reinforce", 3.0)
+    assert other == {"srpo": run["srpo"] | {"surrogate": "clipped"}, "rltt": run["rltt"] | {"power": 2.0}}
+    published = replay(grpo, 1, "srpo-published+rltt-published")  # they want 4 and 2 updates a batch; the run says 1
+    assert published["methods"]["replay"]["settings"]["rltt-published"]["weighting"] == "exit"
+    bare = replay(grpo, 1, "srpo+rltt", ["method.power=1.5"])["methods"]["replay"]["settings"]
+    assert bare == {"srpo": run["srpo"], "rltt": run["rltt"] | {"power": 1.5}}
+
+
 def test_several_updates_of_a_batch_are_one_here(grpo):
     toml = (grpo / "run.toml").read_text()
     (grpo / "run.toml").write_text(toml.replace("updates_per_batch = 1", "updates_per_batch = 2"))
@@ -301,12 +315,19 @@ def test_signal_to_noise_by_brute_force(runs):
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["grpo(entropy_bonus=0.1)", "lte(separate=true, gamma=0.5)", "nsr-prerl", "srpo+rltt", "gspo", "w-reinforce"],
+    ("method", "name", "step"),
+    [
+        ("grpo(entropy_bonus=0.1)", "grpo", 2),
+        ("nsr-prerl", "grpo", 2),  # the first problem has no failure, so no row
+        ("lte(separate=true, gamma=0.5)", "lte", 1),
+        ("srpo+rltt", "lte", 1),
+        ("gspo", "lte", 1),
+        ("w-reinforce", "lte", 1),
+    ],
 )
-def test_the_parts_add_up_to_the_batch(method, runs):
+def test_the_parts_add_up_to_the_batch(method, name, step, runs):
     """Problem by problem the gradient is that of one whole update, whatever the denominators; no weight moves."""
-    live, _ = runs["lte"][1][0]
+    live, _ = runs[name][1][step - 1]
     forest = Forest(0, live.trees[:2])
     made, texts = build_schedule(method).schedule.at(0), Texts(Chain(ChainSettings(level=LEVEL)), TOKENIZER)
     model = load_model("pico", device="cpu").model

@@ -124,14 +124,14 @@ def test_boundaries_are_token_indices_and_not_text():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     drawn = (2, 3, 4, 2, 4, 6)  # a | ;b | ; | a | ; | c: the steps a; b; a; c
 
-    class Given:
-        requests: list[Request] = []
+    asked: list[Request] = []
 
+    class Given:
         def run(self, requests, on_done) -> None:
             queue = list(requests)
             while queue:
                 request = queue.pop(0)
-                self.requests.append(request)
+                asked.append(request)
                 tokens = (6,) if request.prefix else drawn
                 done = [Completion(tokens=tokens, behavior_logprobs=(-1.0,) * len(tokens), finish="length")] * request.n
                 queue.extend(on_done(request, done))
@@ -139,19 +139,17 @@ def test_boundaries_are_token_indices_and_not_text():
     texts = Texts(TASK, tokenizer)
     begins = []
     for step in range(1, 5):
-        sampler = Given()
-        sampler.requests = []
         (tree,) = climb(
             [(0, PROBLEM)],
             (fresh(1), Reset(1, fixed(step))),
             seed=0,
             texts=texts,
-            sampler=sampler,
+            sampler=Given(),
             verify=lambda problem, text: Grade(verdict=Verdict.FAIL, reward=0.0),
         )
         reset = tree.samples[1]
         begins.append(reset.branch)
-        assert sampler.requests[1].prefix == drawn[: reset.branch] == reset.tokens[: reset.branch]
+        assert asked[-1].prefix == drawn[: reset.branch] == reset.tokens[: reset.branch]
     assert begins == [0, 2, 3, 5]  # the straddling token ends the first step
 
 

@@ -1,4 +1,4 @@
-"""On-policy distillation (GKD, arXiv 2306.13649; MiniLLM, arXiv 2306.08543): a teacher grades every token of the policy's own samples.
+"""On-policy distillation (GKD, arXiv 2306.13649): a teacher grades every token of the policy's own samples.
 
 ``A_t = log teacher(y_t | x, y_<t) - log policy(y_t | x, y_<t)``, the policy's as it was when the batch began. Its mean
 is minus the reverse KL, so the loss that is logged estimates KL(policy, teacher) in nats a token. No verdict is used.
@@ -9,8 +9,7 @@ is minus the reverse KL, so the loss that is logged estimates KL(policy, teacher
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from mulligan.credit import Advantage
 from mulligan.method import Count, Method, Term
 from mulligan.objective import START
 from mulligan.rollout import fresh
@@ -25,7 +24,7 @@ class ReverseKL:
 
     reads: tuple[Stream, ...] = (START, TEACHER)
 
-    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[torch.Tensor]:
+    def __call__(self, rows: Sequence[Row], forest: Forest, max_new_tokens: int) -> list[Advantage]:
         return [row.streams[TEACHER.name] - row.streams[START.name] for row in rows]
 
 

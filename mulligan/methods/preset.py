@@ -52,24 +52,22 @@ class Preset:
     def settings(self) -> type[BaseModel]:
         """Its settings as a pydantic model, made from the function's own signature."""
         hints = get_type_hints(self.build, include_extras=True)
-        parameters = inspect.signature(self.build).parameters.items()
-        fields: dict[str, Any] = {
-            name: (
-                hints.get(name, Any),
-                self.defaults.get(name, ... if parameter.default is parameter.empty else parameter.default),
-            )
-            for name, parameter in parameters
-            if name != _METHOD
-        }
+        fields: dict[str, Any] = {name: (hints.get(name, Any), default) for name, default in self._fields().items()}
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
         return create_model(f"{self.name} settings", __config__=config, **fields)
 
     def without(self, key: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Complete settings with one of them at its default; None where it has that value or no default."""
-        field = self.settings().model_fields[key]
-        if field.is_required() or field.default == settings[key]:
-            return None
-        return {**settings, key: field.default}
+        default = self._fields()[key]
+        return None if default is ... or default == settings[key] else {**settings, key: default}
+
+    def _fields(self) -> dict[str, Any]:
+        """Its settings' defaults; ``...`` for one that has to be given."""
+        return {
+            name: self.defaults.get(name, ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in inspect.signature(self.build).parameters.items()
+            if name != _METHOD
+        }
 
     def resolve(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings with every default filled in.

@@ -10,10 +10,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mulligan.errors import UserError, nearest
 from mulligan.seeds import rng_of
@@ -33,13 +34,27 @@ class JsonlSettings(TaskSettings):
     """``path`` is one file, or a folder with train, dev and test files (``.jsonl``, or ``.json`` with a list).
 
     Columns are found by themselves when their names are usual ones (prompt, question or problem; answer).
-    ``seed`` changes the order of the training rows, never which split a row is in.
+    ``seed`` changes the order of the training rows, never which split a row is in. A step of a response ends behind
+    ``step_delimiter``, which is a text or (``step_splitter="regex"``) a regular expression, ``[.!?]\\s`` for instance.
     """
 
     path: str = Field(min_length=1)
     prompt_column: str | None = None
     answer_column: str | None = None
     step_delimiter: str = Field(default="\n\n", min_length=1)
+    step_splitter: Literal["text", "regex"] = "text"
+
+    @model_validator(mode="after")
+    def _pattern(self) -> JsonlSettings:
+        if self.step_splitter == "regex":
+            try:
+                if re.compile(self.step_delimiter).match(""):
+                    raise ValueError(
+                        f"step_delimiter {self.step_delimiter!r} matches nothing at all: steps would be empty"
+                    )
+            except re.error as error:
+                raise ValueError(f"step_delimiter {self.step_delimiter!r} is no regular expression: {error}") from None
+        return self
 
 
 class Jsonl(Task):
@@ -136,12 +151,18 @@ class Jsonl(Task):
     def split_steps(self, response: str) -> list[str]:
         """Pieces that end in the delimiter; a blank piece belongs to the step before it."""
         steps: list[str] = []
-        for piece in split_after(response, self.settings.step_delimiter):
+        for piece in self._pieces(response):
             if steps and (not piece.strip() or not steps[-1].strip()):
                 steps[-1] += piece
             else:
                 steps.append(piece)
         return steps
+
+    def _pieces(self, response: str) -> list[str]:
+        if self.settings.step_splitter == "text":
+            return split_after(response, self.settings.step_delimiter)
+        ends = [0, *(match.end() for match in re.finditer(self.settings.step_delimiter, response)), len(response)]
+        return [response[a:b] for a, b in pairwise(ends) if b > a]
 
     def extract(self, response: str) -> str | None:
         """The last box; None when there is none, or when the boxes hold different answers."""

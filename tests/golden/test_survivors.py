@@ -7,6 +7,7 @@ from math import sqrt
 import pytest
 
 from mulligan.credit import Overlong, deviation
+from mulligan.errors import UserError
 from mulligan.objective import Cispo, Clipped, SequenceClipped
 from tests.golden.test_losses import Case, token_losses
 from tests.helpers import make_sample
@@ -43,6 +44,14 @@ def test_dual_clip_at_other_advantages_than_one():
     losses, slope = token_losses(Clipped(dual=3.0), case)
     assert losses == pytest.approx([1, 1.5, -0.6, -0.6, 0, 0])
     assert slope == pytest.approx([1, 0, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("dual", [1.0, 0.0, -3.0, float("nan")])
+def test_a_dual_clip_begins_above_one(dual):
+    """At 1 it would bind on-policy already."""
+    with pytest.raises(UserError, match="dual clip is .*, but must be above 1"):
+        Clipped(dual=dual)
+    assert Clipped(dual=1.01).dual == 1.01
 
 
 def test_defaults_of_the_parts_themselves():

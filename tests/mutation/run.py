@@ -3,7 +3,8 @@
     python -m tests.mutation.run [FILE ...] [--sample N] [--list] [--tests TEST ...]
 
 Prints a line for each change that no test noticed, and the share of those that one did. The status is 1 when
-that share is below 90 %. A change that makes the tests run out of time is noticed.
+that share is below 90 %, and 2 when the tests do not pass without any change. A change that makes them run out of time
+is noticed.
 """
 
 from __future__ import annotations
@@ -18,13 +19,9 @@ from tests.mutation.forked import ROOT, attempt, module_of, preload
 from tests.mutation.mutants import Mutant, mutants
 
 FILES = ("mulligan/credit.py", "mulligan/objective.py")
-# Fastest first; what the first ones miss, the last ones have to find.
-TESTS = (
-    "tests/golden",
-    "tests/test_contract.py",
-    "tests/learner/test_reference.py",
-    "tests/learner/test_invariance.py",
-)
+# Fastest first. The golden tables see nearly all; the contract sees streams that are not declared, the reference what
+# weight the last loop has. Other tests of these files were found to see nothing more.
+TESTS = ("tests/golden", "tests/test_contract.py", "tests/learner/test_reference.py")
 ENOUGH = 90.0  # per cent
 
 
@@ -37,6 +34,9 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=120.0, metavar="SECONDS", help="for each mutant")
     parser.add_argument("--list", action="store_true", help="show the mutants and run none")
     given = parser.parse_args()
+    for name in given.files:
+        if not (ROOT / name).is_file():
+            parser.error(f"{name}: there is no such file in the repository")
     chosen = [m for name in given.files for m in mutants((ROOT / name).resolve(), Path(name))]
     if given.sample is not None:
         drawn = random.Random(given.seed).sample(range(len(chosen)), min(given.sample, len(chosen)))
@@ -50,9 +50,7 @@ def main() -> int:
 def run(chosen: list[Mutant], tests: list[str], limit: float) -> int:
     began = time.monotonic()
     preload()
-    unchanged = attempt({}, tests, limit)
-    if unchanged.exit != 0 or not chosen:
-        print(unchanged.output if unchanged.exit else "there is nothing to change", file=sys.stderr)
+    if not chosen or not passes(tests, limit):
         return 2
     killed = overtime = 0
     for mutant in chosen:
@@ -61,10 +59,20 @@ def run(chosen: list[Mutant], tests: list[str], limit: float) -> int:
         overtime += outcome.exit is None
         if not outcome.killed:
             print(mutant, flush=True)
+    if not passes(tests, limit):  # whoever changed the files meanwhile, some mutants were killed by that
+        return 2
     share = 100 * killed / len(chosen)
     late = f", {overtime} by the time limit" if overtime else ""
     print(f"killed {killed} of {len(chosen)} mutants ({share:.1f} %{late}) in {time.monotonic() - began:.0f} s")
     return int(share < ENOUGH)
+
+
+def passes(tests: list[str], limit: float) -> bool:
+    """Whether the tests pass on the package as it is; says why not."""
+    outcome = attempt({}, tests, limit)
+    if outcome.killed:
+        print(outcome.output, "the tests do not pass without any change", sep="\n", file=sys.stderr)
+    return not outcome.killed
 
 
 if __name__ == "__main__":

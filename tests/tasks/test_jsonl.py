@@ -290,3 +290,26 @@ def test_published_sets_verify_against_themselves(name):
             own += solution != f"\\boxed{{{problem.answer}}}"
     if name != "math":  # it comes without solutions
         assert own > 0.97 * sum(map(task.size, ("train", "dev", "test")))
+
+
+@pytest.mark.parametrize(
+    ("response", "steps"),
+    [
+        ("One. Two! Three", ["One. ", "Two! ", "Three"]),
+        ("One. Two. ", ["One. ", "Two. "]),
+        ("3.5 is one number", ["3.5 is one number"]),
+        ("", []),
+    ],
+)
+def test_steps_may_end_at_a_pattern(tmp_path, response, steps):
+    file = write(tmp_path / "all.jsonl", rows_of(20))
+    task = load(file, step_splitter="regex", step_delimiter=r"[.!?]\s")
+    assert task.split_steps(response) == steps
+    assert "".join(steps) == response
+    assert load(file, step_delimiter=".").split_steps("a.b") == ["a.", "b"]
+
+
+@pytest.mark.parametrize(("pattern", "says"), [("(", "no regular expression"), ("x*", "matches nothing at all")])
+def test_a_pattern_that_cannot_end_a_step(tmp_path, pattern, says):
+    with pytest.raises(ValueError, match=says):
+        load(write(tmp_path / "all.jsonl", rows_of(20)), step_splitter="regex", step_delimiter=pattern)
