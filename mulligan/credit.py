@@ -195,8 +195,10 @@ class OneSign:
             if isinstance(advantage, torch.Tensor):
                 kept = torch.where(advantage * factor > 0, advantage, 0.0)
                 out.append(kept if self.silent or bool(kept.any()) else None)
+            elif advantage is None:  # left out already
+                out.append(None)
             else:
-                out.append(advantage if advantage is not None and advantage * factor > 0 else dropped)
+                out.append(advantage if advantage * factor > 0 else dropped)
         return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mulligan.errors import UserError
 from mulligan.methods import PRESETS, build_schedule
 from mulligan.models.loading import save_model
 from mulligan.models.looped import LoopedConfig, LoopedForCausalLM
@@ -151,3 +153,27 @@ def test_the_python_runs(tmp_path):
         file = tmp_path / f"block{index}.py"
         file.write_text(text)
         runpy.run_path(str(file))
+
+
+# --- the pictures ---------------------------------------------------------------------------------------
+
+
+def test_curves_are_drawn_from_runs(tmp_path):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "method_curves.py"))
+    drawn = {name for panels in script["PAGES"].values() for panel in panels for name in panel}
+    assert {name for name in PRESETS if not name.endswith("-published")} <= drawn | {script["BASELINE"]}
+    told = {"pass@1": 0.0, "pass@1_low": 0.0, "pass@1_high": 0.25, "problems": 4.0}
+    steps = [
+        {"step": 0, "eval/pass@1": 0.5},
+        *({"step": n, "rollout/pass": n / 4, "total/tokens": 900 * n} for n in (1, 2)),
+    ]
+    for name in ("grpo", "rltt"):
+        (tmp_path / f"{name}-seed3").mkdir()
+        (tmp_path / f"{name}-seed3" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        (tmp_path / f"{name}-seed3" / "result.json").write_text(json.dumps({"numbers": told}))
+    curve = script["read"](tmp_path, "rltt", 3)
+    assert (curve.tokens, curve.passed) == ([0.9, 1.8], [0.25, 0.5])
+    script["draw"]("rltt", tmp_path, 3, tmp_path / "rltt.png")
+    assert (tmp_path / "rltt.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"nsr-seed3/result\.json: no such file"):
+        script["draw"]("nsr", tmp_path, 3, tmp_path / "nsr.png")

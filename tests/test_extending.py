@@ -1,4 +1,5 @@
-"""A method that nobody had in mind, in this file alone: branch values by Monte Carlo (VinePPO, arXiv 2410.01679).
+"""docs/extending.md says what is so; and a method that nobody had in mind, in this file alone: branch values by Monte
+Carlo (VinePPO, arXiv 2410.01679), with resets beside them.
 
 From every step's end of every fresh chain a few probes are sampled, and their mean reward is that state's
 value. A token's advantage is the value behind its step less the value before it. Probes are never trained.
@@ -8,13 +9,18 @@ So that there is a prefix to mask, each failed chain is also sampled anew from b
 from __future__ import annotations
 
 import inspect
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from mulligan.assign import assign
+from mulligan.conformance import test_declarations, test_determinism, test_invariance
+from mulligan.conformance.bench import cases_of
 from mulligan.contract import check_schedule
 from mulligan.method import Method, Term
 from mulligan.objective import Clipped
@@ -23,6 +29,7 @@ from mulligan.sampling.scripted import ScriptedSampler
 from mulligan.schedule import constant
 from mulligan.select import everything
 from mulligan.types import RESET, Forest, Problem, Row, Tree
+from tests.e2e.helpers import call
 from tests.helpers import TASK, TEXTS, TOKENIZER, Probe, tiny
 
 # ---- the method: all that a user writes ---------------------------------------------------------
@@ -197,3 +204,75 @@ def test_probes_change_the_credit_and_nothing_else():
         tree.samples = [s for s in tree.samples if s.origin == "fresh"]
     rows = assign(vine(2, 4), forest, TEXTS, lambda *_: None, 60)
     assert [set(row.advantages.tolist()) for row in rows] == [{0.5}, {-0.5}]
+
+
+# ---- docs/extending.md -------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FILES: dict[str, str] = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+ORIGINS = {"middle": "reset", "hint_resets": "reset", "replay": "replay"}  # what each file's passes bring about
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A directory with the page's files and the examples, in which its commands run."""
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_has_files_and_commands_alone():
+    assert PAGE.count("```") == 2 * (len(FILES) + PAGE.count("```sh"))
+    assert FILES.keys() == ORIGINS.keys()
+    assert {command.split()[0] for command in COMMANDS} == {"mulligan", "pytest"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_method_of_the_page_does_what_it_says(name, folder):
+    """Its mechanism occurs and is trained, and it keeps what the suite holds it to."""
+    (case,) = (case for case in cases_of(f"./{name}.py:{name}") if case.kind == "qwen3")
+    for origin in (ORIGINS[name], "fresh"):
+        assert any(row.sample.origin == origin and bool(row.advantages.any()) for row in case.rows)
+    for check in (
+        test_declarations.test_the_contract_holds,
+        test_declarations.test_an_undeclared_stream_is_refused,
+        test_determinism.test_passes_have_no_hidden_randomness,
+        test_determinism.test_a_problem_does_not_depend_on_its_neighbours,
+        test_determinism.test_what_it_remembers_survives_a_checkpoint,
+        test_invariance.test_a_copy_of_every_group_changes_nothing,
+        test_invariance.test_loss_and_gradient_are_those_of_plain_code,
+    ):
+        check(case)
+
+
+def test_a_replayed_row_is_an_earlier_success_of_its_problem(folder):
+    (case,) = (case for case in cases_of("./replay.py:replay") if case.kind == "qwen3")
+    replayed = [(tree, s) for tree in case.forest.trees for s in tree.of("replay")]
+    assert replayed
+    for tree, sample in replayed:
+        assert sample.passed and not any(s.passed for s in tree.of("fresh"))
+        assert sample.group == tree.of("fresh")[0].group and len(tree.of("replay")) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_runs(command, folder):
+    """As far as a dry run, or the building of what a session of pytest would test."""
+    words = shlex.split(command)
+    if words[0] == "mulligan":
+        said = call(*words[1:], *([] if "--dry-run" in words else ["--dry-run"]))
+        assert said.code == 0, said.err
+    else:
+        assert words[1:3] == ["--pyargs", "mulligan.conformance"]
+        methods = [words[k + 1] for k, word in enumerate(words) if word == "--method"]
+        assert methods and all(cases_of(method) for method in methods)
+
+
+@pytest.mark.parametrize(
+    "text", re.findall(r"`([\w.+/:]+\([^`]*\)\S*)`(?=[,.])", PAGE.partition("On the command line")[2])
+)
+def test_a_composition_of_the_page_can_be_built(text, folder):
+    assert cases_of(text)

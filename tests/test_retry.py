@@ -305,6 +305,19 @@ def test_what_was_never_scored_neither_leaves_nor_counts():
     assert {row.group for row in rows} == {0}
 
 
+def test_only_failures_leave_and_only_those_of_the_first_group():
+    """Whatever pass draws a second round in whatever tree."""
+    first = [make_sample(uid=k, reward=float(k < 3)) for k in range(4)]
+    rescues = [make_sample(uid=4 + k, reward=1.0, origin=HINTED, group=1) for k in range(3)]
+    rows = SwapFailures(origin=HINTED)(make_forest([*first, *rescues]))
+    assert [row.sample for row in rows] == [*first[:3], rescues[0]]
+    apart = [make_sample(uid=k, group=k) for k in range(3)]  # each a group of its own: the first has one place
+    rows = SwapFailures(origin=HINTED, most=3)(make_forest([*apart, *rescues]))
+    assert [row.sample for row in rows] == [rescues[0], *apart[1:]]
+    assert SwapFailures(origin=HINTED)(make_forest([make_sample(verdict=Verdict.UNSCORABLE), *rescues])) == []
+    assert SwapFailures(origin=HINTED, most=2)(make_forest([make_sample(verdict=Verdict.UNSCORABLE), *rescues])) == []
+
+
 def test_samples_of_further_groups_stay():
     """Resets beside a second round, say: only the first group has places to give."""
     first = [make_sample(uid=k) for k in range(2)]

@@ -51,15 +51,18 @@ def problem_of(index: int) -> Problem:
     return TASK.problem("train", index % len(PATTERNS))
 
 
-def answer(request: Request, attempt: int) -> tuple[str, str]:
+def answer(request: Request, attempt: int, turn: int = 0) -> tuple[str, str]:
     """The script: a response and how it ends, for any request of any pass.
 
     The first group of a problem follows its pattern, whatever is sampled later passes and fails by turns. Failures
     have a wrong step or only a wrong answer, and both may skip steps, so that lengths differ.
+
+    Args:
+        turn: by how many patterns the problems are moved on: what fails in one step passes in another.
     """
     if not request.graded:
         return "\\boxed{2}", "stop"
-    passes, cut = PATTERNS[request.problem.index]
+    passes, cut = PATTERNS[(request.problem.index + turn) % len(PATTERNS)]
     number = request.group & 0xFFFFF  # groups count from 0 in each tree
     right = passes(attempt) if number == 0 else (attempt + number) % 2 == 0
     steps = TASK.true_steps(request.problem)
@@ -190,7 +193,7 @@ class Case:
             step=step,
             seed=7,
             texts=TEXTS,
-            sampler=ScriptedSampler(TOKENIZER, answer),
+            sampler=ScriptedSampler(TOKENIZER, lambda request, attempt: answer(request, attempt, 1 - step)),
             verify=TASK.verify,
             keep=self.method.keep if only is None else None,
             score=self.bench.learner.score_samples,
@@ -269,8 +272,8 @@ def kinds_of(method: Method) -> list[tuple[str, int]]:
     """The models that a method permits, with their loops. One that the contract refuses everywhere gets those that
     have the loops it names, so that the tests can say what is wrong."""
     for fits in (_passes, _has_loops):
-        looped = [("looped", loops) for loops in LOOPS if fits(method, loops)][:1]
-        found = [("qwen3", 1)] * fits(method, 1) + looped
+        loops = next((loops for loops in LOOPS if fits(method, loops)), None)
+        found = [("qwen3", 1)] * fits(method, 1) + ([] if loops is None else [("looped", loops)])
         if found:
             return found
     return [("qwen3", 1)]

@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Gives every test of the suite each case in turn."""
-    if metafunc.module.__name__.startswith("mulligan.conformance.") and "case" in metafunc.fixturenames:
+    ours = getattr(metafunc.module, "__name__", "").startswith("mulligan.conformance.")
+    if ours and "case" in metafunc.fixturenames:
         cases = metafunc.config.stash[_CASES]
         metafunc.parametrize("case", cases, ids=[case.label for case in cases])

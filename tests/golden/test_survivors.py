@@ -49,7 +49,7 @@ def test_dual_clip_at_other_advantages_than_one():
 @pytest.mark.parametrize("dual", [1.0, 0.0, -3.0, float("nan")])
 def test_a_dual_clip_begins_above_one(dual):
     """At 1 it would bind on-policy already."""
-    with pytest.raises(UserError, match="dual clip is .*, but must be above 1"):
+    with pytest.raises(UserError, match=r"dual clip is .*, but must be above 1"):
         Clipped(dual=dual)
     assert Clipped(dual=1.01).dual == 1.01
 
