@@ -212,6 +212,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES: dict[str, str] = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMPOSITIONS = re.findall(
+    r"`(.*?)`", next(line for line in PAGE.splitlines() if line.startswith("On the command line"))
+)
 ORIGINS = {"middle": "reset", "hint_resets": "reset", "replay": "replay"}  # what each file's passes bring about
 
 
@@ -229,6 +232,7 @@ def test_the_page_has_files_and_commands_alone():
     assert PAGE.count("```") == 2 * (len(FILES) + PAGE.count("```sh"))
     assert FILES.keys() == ORIGINS.keys()
     assert {command.split()[0] for command in COMMANDS} == {"mulligan", "pytest"}
+    assert len(COMPOSITIONS) == 3
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -271,8 +275,6 @@ def test_a_command_of_the_page_runs(command, folder):
         assert methods and all(cases_of(method) for method in methods)
 
 
-@pytest.mark.parametrize(
-    "text", re.findall(r"`([\w.+/:]+\([^`]*\)\S*)`(?=[,.])", PAGE.partition("On the command line")[2])
-)
+@pytest.mark.parametrize("text", COMPOSITIONS)
 def test_a_composition_of_the_page_can_be_built(text, folder):
     assert cases_of(text)

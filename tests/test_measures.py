@@ -12,7 +12,7 @@ from mulligan.errors import UserError
 from mulligan.measures import mechanism_metrics, rollout_metrics
 from mulligan.methods.lte import lte
 from mulligan.objective import SAMPLED, START
-from mulligan.types import DIAGNOSIS, EXTRA, FRESH, HINTED, RESET, Forest, Grade, Row, Sample, Verdict
+from mulligan.types import DIAGNOSIS, EXTRA, FRESH, HINTED, RESET, Grade, Row, Sample, Verdict
 from tests.helpers import TASK, TEXTS, TOKENIZER, Probe, make_forest, make_row, make_sample, tiny, tokens
 
 PROBLEMS = [TASK.problem("train", i) for i in range(4)]
@@ -44,19 +44,18 @@ FAIL, PASS, SHORT = (0.0, STOP), (1.0, STOP), (0.0, CUT)
 
 
 def test_rollout_metrics():
-    some = of(0, PASS, FAIL, SHORT)
+    some, more = of(0, PASS, FAIL, SHORT), of(3, FAIL, PASS)
     none = [*of(1, FAIL, SHORT), *of(1, PASS, origin=HINTED, group=1)]
     every = [*of(2, PASS, PASS), make_sample(uid=250, group=20, verdict=Verdict.UNSCORABLE, problem=PROBLEMS[2])]
-    forest = make_forest(some, none, every)
-    found = rollout_metrics(forest)
-    # Graded: 3 + 3 + 2 of 9 samples; passed: 1 + 1 + 2. Fresh groups: some, none, all.
-    assert found["rollout/pass"] == found["rollout/reward"] == 4 / 8
-    assert (found["rollout/none_pass"], found["rollout/some_pass"], found["rollout/all_pass"]) == (1 / 3,) * 3
-    # Groups whose rewards differ: only the first of four.
-    assert found["rollout/signal"] == 1 / 4
-    assert found["rollout/truncated"] == 2 / 8
+    found = rollout_metrics(make_forest(some, none, every, more))
+    # Graded: 3 + 3 + 2 + 2 of 11 samples; passed: 1 + 1 + 2 + 1. Fresh groups: some, none, all, some.
+    assert found["rollout/pass"] == found["rollout/reward"] == 5 / 10
+    assert (found["rollout/none_pass"], found["rollout/some_pass"], found["rollout/all_pass"]) == (1 / 4, 2 / 4, 1 / 4)
+    # Groups whose rewards differ: two of five.
+    assert found["rollout/signal"] == 2 / 5
+    assert found["rollout/truncated"] == 2 / 10
     assert (found["rollout/length"], found["rollout/entropy"]) == (6.0, 0.5)  # every log-prob is -0.5
-    assert (found["rollout/samples"], found["rollout/unscorable"], found["rollout/filtered"]) == (9, 1, 0)
+    assert (found["rollout/samples"], found["rollout/unscorable"], found["rollout/filtered"]) == (11, 1, 0)
     assert "rollout/process_correct" not in found
 
 
@@ -65,6 +64,12 @@ def test_own_tokens_alone_are_counted():
     (reset,) = of(0, PASS, origin=RESET, group=1, prefix=parent[0].tokens[:4], parent=parent[0].uid)
     assert len(reset.tokens) == 10
     assert rollout_metrics(make_forest([*parent, reset]))["rollout/length"] == 6
+
+
+def test_empty_responses_have_no_entropy():
+    samples = [make_sample(uid=k, response=(), reward=float(k)) for k in range(2)]
+    found = rollout_metrics(make_forest(samples))
+    assert (found["rollout/length"], found["rollout/entropy"]) == (0.0, 0.0)
 
 
 def test_process_correctness_is_of_those_that_were_judged():
@@ -109,6 +114,13 @@ def test_second_rounds(origin):
         "retry/rescued_some_truncated": 0.0,
         "retry/rescued_all_truncated": 1.0,
     }
+
+
+def test_the_branch_is_that_of_the_failures():
+    unscorable = make_sample(uid=5, problem=PROBLEMS[0], finish=CUT, verdict=Verdict.UNSCORABLE)
+    forest = make_forest([*of(0, FAIL), unscorable, *of(0, PASS, origin=HINTED, group=1)])
+    found = mechanism_metrics(forest, [], TEXTS)
+    assert [key for key in found if "truncated" in key] == ["retry/rescued_none_truncated"]
 
 
 def test_a_branch_that_did_not_occur_has_no_number():
@@ -203,15 +215,15 @@ def test_resets():
     forest = make_forest(
         [parents[0], *resets(parents[0], 3, 1.0, 0.0)],
         [parents[1], *resets(parents[1], 1, 1.0)],
-        [parents[2], *resets(parents[2], 2, 0.0, 0.0, 1.0)],
+        [parents[2], *resets(parents[2], 1, 0.0, 0.0, 1.0)],
         of(3, PASS, PASS),
     )
     found = mechanism_metrics(forest, [], TEXTS)
-    # Kept steps: 2, 0 and 1 of 4. Two of four is no longer early. Agreement: of the two that are known, the first.
+    # Kept steps: 2, 0 and 0 of 4. Two of four is no longer early. Agreement: of the two that are known, the first.
     assert found == {
         "reset/share": 3 / 4,
-        "reset/position": pytest.approx((2 / 4 + 0 + 1 / 4) / 3),
-        "reset/to_first": pytest.approx(1 / 3),
+        "reset/position": pytest.approx(2 / 4 / 3),
+        "reset/to_first": pytest.approx(2 / 3),
         "reset/pass_early": 2 / 4,
         "reset/pass_late": 1 / 2,
         "reset/agreement": 1 / 2,
@@ -222,6 +234,20 @@ def test_resets_of_one_kind_and_of_no_oracle():
     parent = chain(0, None)
     found = mechanism_metrics(make_forest([parent, *resets(parent, 4, 1.0)]), [], TEXTS)
     assert found == {"reset/share": 1.0, "reset/position": 3 / 4, "reset/to_first": 0.0, "reset/pass_late": 1.0}
+
+
+def test_one_step_of_three_is_early():
+    parent = chain(0, None)
+    parent.tokens = TOKENS[: ENDS[2]]
+    found = mechanism_metrics(make_forest([parent, *resets(parent, 2, 1.0)]), [], TEXTS)
+    assert found["reset/position"] == pytest.approx(1 / 3) and found["reset/pass_early"] == 1.0
+
+
+def test_a_parent_of_no_steps_is_reset_to_its_beginning():
+    parent = chain(0, 1)
+    parent.tokens = (TOKENIZER.eos_token_id,)
+    found = mechanism_metrics(make_forest([parent, *resets(parent, 1, 1.0)]), [], TEXTS)
+    assert (found["reset/position"], found["reset/to_first"], found["reset/agreement"]) == (0.0, 1.0, 1.0)
 
 
 def test_two_resets_of_one_chain_are_two():
@@ -235,6 +261,7 @@ def test_diagnoses():
     parents = [chain(slot, 2) for slot in range(3)]
     words = [r"\boxed{2}", "", r"\boxed{7}"]  # the second names none, the third none in range
     trees = [[p, said(p, w), *resets(p, 2, 1.0)] for p, w in zip(parents, words, strict=True)]
+    trees[0][:0] = of(0, PASS, group=3)  # another chain, of no steps, is not the parent
     found = mechanism_metrics(make_forest(*trees), [], TEXTS)
     assert found["diagnosis/parse_failures"] == pytest.approx(2 / 3)
     assert found["diagnosis/tokens"] == 6
@@ -243,6 +270,8 @@ def test_diagnoses():
 
 def test_a_diagnosis_is_in_no_number_of_the_samples():
     parent = chain(0, 2)
-    plain = rollout_metrics(Forest(0, make_forest([parent]).trees))
-    asked = rollout_metrics(make_forest([parent, said(parent, "")]))
-    assert asked == plain | {"rollout/samples": 2.0}
+    (right,) = of(0, PASS)
+    plain = rollout_metrics(make_forest([right, parent]))
+    asked = rollout_metrics(make_forest([right, parent, said(parent, "")]))
+    assert plain["rollout/signal"] == 1.0
+    assert asked == plain | {"rollout/samples": 3.0}

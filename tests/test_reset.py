@@ -14,6 +14,7 @@ from mulligan.memory import Memory
 from mulligan.methods import build_schedule
 from mulligan.reset import (
     SHARES,
+    Parent,
     Position,
     Reset,
     SelfDiagnosis,
@@ -118,7 +119,7 @@ def test_a_reset_keeps_the_parents_tokens_up_to_the_step(step):
 
 def test_boundaries_are_token_indices_and_not_text():
     """A token that straddles two steps, and one that no tokenizer would give for this text: both stay as drawn."""
-    vocabulary = ("<eos>", "1", "a", ";b", ";", "a;", "c")
+    vocabulary = ("<eos>", "1", "a", ";b", ";", "a;", "c", ";c")
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<eos>"))
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
@@ -151,6 +152,10 @@ def test_boundaries_are_token_indices_and_not_text():
         begins.append(reset.branch)
         assert asked[-1].prefix == drawn[: reset.branch] == reset.tokens[: reset.branch]
     assert begins == [0, 2, 3, 5]  # the straddling token ends the first step
+    # Where the last token straddles the last steps, it alone is drawn anew: nothing else is left.
+    parent = Parent(make_sample(response=(2, 7)), *texts.steps((2, 7)))
+    assert parent.steps == ["a;", "c"] and parent.ends == [2, 2]
+    assert [parent.begin(step) for step in (1, 2)] == [0, 1]
 
 
 def test_the_last_token_is_never_in_the_prefix():
@@ -428,6 +433,15 @@ def test_the_permuted_position_is_that_of_the_step_before():
     assert step_of(told(3, r"\boxed{5}", memory).trees[0]) == 2
     assert memory[SHARES] == [0.9]
     assert step_of(told(4, r"\boxed{5}", memory, chain="".join(STEPS[:2])).trees[0]) == 2
+
+
+def test_a_share_is_one_of_the_parents_chain():
+    """Not of its neighbours', which may have other lengths."""
+    chains = ["".join(STEPS), "".join(STEPS[:2])]
+    tree, _ = grow(SelfDiagnosis(), chains, said=r"\boxed{2}")
+    memory = Memory()
+    remember_shares(Forest(0, [tree]), memory)
+    assert memory[SHARES] == [0.75]  # the middle of the second of two steps
 
 
 def test_the_permuted_position_of_a_first_step_is_random():
