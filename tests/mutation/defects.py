@@ -159,7 +159,7 @@ DEFECTS = (
     ),
     Defect(
         name="first-group-biased",
-        source="SRPO: the first failure is the parent and is thrown away, so that the fresh group looks better than it is",
+        source="SRPO: the first failure is the parent and is thrown away: the fresh group looks better than it is",
         file="mulligan/reset.py",
         old="        prefix = chosen.tokens[: parent.begin(step)]",
         new="        prefix = chosen.tokens[: parent.begin(step)]\n        tree.samples.remove(chosen)",
