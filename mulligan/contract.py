@@ -18,6 +18,7 @@ from mulligan.method import Method, Term
 from mulligan.objective import TokenView
 from mulligan.rehearsal import rehearse
 from mulligan.schedule import Schedule
+from mulligan.seeds import seed_of
 from mulligan.tasks.base import Task
 from mulligan.texts import Texts
 from mulligan.types import MODELS, ORIGINS, Forest, Grade, Problem, Request, Row, Sample, Stream, Tokens, Tree, Verdict
@@ -189,6 +190,11 @@ class _Watched(dict[str, torch.Tensor]):
         return super().get(name, default)
 
 
+def some_logprobs(n: int, *labels: str | int) -> torch.Tensor:
+    """Made-up log-probs [n], other ones for each stream: a difference of two streams must not vanish."""
+    return -torch.rand(n, generator=torch.Generator().manual_seed(seed_of(*labels) % 2**31)) - 0.1
+
+
 def _fake_fill(method: Method, read: list[set[str]]) -> Fill:
     """Fills streams without a model; ``read`` collects, for each term, what its credit reads."""
 
@@ -200,6 +206,6 @@ def _fake_fill(method: Method, read: list[set[str]]) -> Fill:
             for row in rows:
                 if not context_of(row, stream.context):
                     raise ContractError(f"{method.name}: stream '{stream.name}' has an empty context")
-                row.streams[stream.name] = torch.full((len(row.tokens),), -0.7)
+                row.streams[stream.name] = some_logprobs(len(row.tokens), stream.name, row.sample.uid)
 
     return fill

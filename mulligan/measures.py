@@ -11,16 +11,22 @@ from mulligan.retry import BRANCHES, branch_of
 from mulligan.texts import Texts
 from mulligan.types import DIAGNOSIS, EXTRA, FRESH, HINTED, RESET, Forest, Metrics, Row, Sample, Tree
 
+KNOWN = (FRESH, HINTED, EXTRA, RESET)
 
-def rollout_metrics(forest: Forest) -> Metrics:
-    """Of all graded samples. ``entropy`` is estimated from the drawn tokens, in nats a token; ``signal`` is the share
+
+def rollout_metrics(forest: Forest, rows: Sequence[Row] = ()) -> Metrics:
+    """Of all graded samples; those of a method's own origins count where they are trained, so that probes do not.
+    ``entropy`` is estimated from the drawn tokens, in nats a token; ``signal`` is the share
     of groups whose rewards differ."""
-    samples = [s for s in forest.samples if s.passed or s.failed]
+    trained = {row.sample.uid for row in rows}
+    samples = [s for s in forest.samples if (s.passed or s.failed) and (s.origin in KNOWN or s.uid in trained)]
     if not samples:
         raise UserError(f"step {forest.step + 1}: the verifier could score none of {len(forest.samples)} responses")
     own = [len(s.behavior_logprobs) for s in samples]
     passes = [[s.passed for s in t.of(FRESH) if s.passed or s.failed] for t in forest.trees]
-    groups = [[s.grade.reward for s in g if s.passed or s.failed] for t in forest.trees for g in t.groups().values()]
+    groups: dict[int, list[float]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group, []).append(sample.grade.reward)
     judged = [s.grade.process_correct for s in samples if s.grade.process_correct is not None]
     out = {
         "rollout/reward": _mean(s.grade.reward for s in samples),
@@ -28,7 +34,7 @@ def rollout_metrics(forest: Forest) -> Metrics:
         "rollout/none_pass": _mean(not any(p) for p in passes),
         "rollout/some_pass": _mean(any(p) and not all(p) for p in passes),
         "rollout/all_pass": _mean(bool(p) and all(p) for p in passes),
-        "rollout/signal": _mean(len(set(g)) > 1 for g in groups if g),
+        "rollout/signal": _mean(len(set(g)) > 1 for g in groups.values()),
         "rollout/length": _mean(own),
         "rollout/truncated": _mean(s.truncated for s in samples),
         "rollout/entropy": -sum(sum(s.behavior_logprobs) for s in samples) / max(sum(own), 1),

@@ -9,6 +9,7 @@ import torch
 
 from mulligan.assign import Fill, assign
 from mulligan.errors import ContractError
+from mulligan.memory import Memory
 from mulligan.method import Method
 from mulligan.rollout import climb
 from mulligan.sampling.scripted import ScriptedSampler
@@ -53,12 +54,21 @@ def rehearse(method: Method, task: Task, texts: Texts, problems: Sequence[Proble
         )
 
     def scores(samples: Sequence[Sample], stream: Stream, context: Tokens | None) -> list[torch.Tensor]:
-        return [torch.full((len(s.tokens),), -0.7) for s in samples]
+        return [torch.linspace(-0.1, -1.0, len(s.tokens)) for s in samples]
 
     cast = [(slot, problems[slot % len(problems)]) for slot in range(TREES)]
     sampler = ScriptedSampler(texts.tokenizer, script)
-    trees = climb(cast, method.passes, seed=0, texts=texts, sampler=sampler, verify=verify, score=scores)
-    forest = Forest(0, trees)
+    memory = Memory()
+
+    def step() -> Forest:
+        seen.clear()
+        kit = {"texts": texts, "sampler": sampler, "verify": verify, "score": scores, "memory": memory}
+        return Forest(0, climb(cast, method.passes, seed=0, **kit))
+
+    forest = step()
+    if method.remember is not None:
+        method.remember(forest, memory)
+        forest = step()  # which recalls what the first one remembered
     live = {row.sample.origin for row in assign(method, forest, texts, fill, most) if bool(row.advantages.any())}
     for origin in (HINTED, EXTRA, RESET):
         if any(s.origin == origin for s in forest.samples) and origin not in live:

@@ -124,7 +124,7 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         method.remember(forest, session.memory)
     session.memory.commit()
     session.step = step + 1
-    seen = rollout_metrics(forest) | mechanism_metrics(forest, rows, session.texts) | aligned
+    seen = rollout_metrics(forest, rows) | mechanism_metrics(forest, rows, session.texts) | aligned
     record = {"step": session.step, **seen, **metrics, **session.memory["totals"], **clock.times}
     log.metrics(record)
     if run.log.samples:
