@@ -123,6 +123,7 @@ def wrong_values(kind: Any) -> list[Any]:
         str: [3, True, ["a"], 1.5],
         list[str]: ["a", [1], [True]],
         str | None: [3, True],
+        int | None: ["many", "5", True, 1.5, [1]],
     }.get(kind, [3, "a", [0.9], [0.9, 1.0], [0.9, -0.1], [0.9, 0.9, 0.9], [True, 0.9], ["0.9", 0.9]])  # betas
 
 

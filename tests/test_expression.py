@@ -80,6 +80,15 @@ def test_what_is_no_composition(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "where"),
+    [("lte(", "at its end"), ("lte)", r"at '\)'"), ("lte rltt(weighting=uniform)", r"at 'rltt\(weighting=unifo'")],
+)
+def test_where_it_is_none(text, where):
+    with pytest.raises(UserError, match=rf"is no composition \({where}\)"):
+        build_schedule(text)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("rlt", r"method.name: 'rlt' is unknown \(did you mean 'rltt'\?\)"),
@@ -96,6 +105,8 @@ def test_what_is_no_composition(text):
         ("lte(gamma=much)", "method.gamma: Input should be a valid number"),
         ("lte(most=2.5)", "method.most: Input should be a valid integer"),
         ("lte(gamma=0)", r"method.gamma: Input should be greater than 0 \(got 0\)"),
+        ("lte(gamma=inf)", "method.gamma: Input should be a finite number"),
+        ("lte(gamma=nan)", "method.gamma: Input should be"),
         ("lte(ratio=shape)", "method.ratio: Input should be 'shaped' or 'clipped'"),
         ("srpo(chains=0)+rltt", "method.chains: Input should be greater than or equal to 1"),
     ],
@@ -136,6 +147,20 @@ def test_settings_are_complete():
     for text in ("lte", "srpo(chains=2)+rltt", "dsrl(lte(gamma=0.2), steps=5)+rltt(weighting=uniform)"):
         built = build_schedule(text)
         assert build_schedule(text, built.settings).schedule == built.schedule
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_group_sizes(name):
+    """Eight samples a prompt; resets have four fresh chains and four continuations, GRPO as published 64, DAPO 16."""
+    sizes = {"grpo-published": [64], "dapo-published": [16]}
+    if any(word in name for word in ("srpo", "rrpo", "reset", "early")):
+        expected = [4, 4]
+    elif "lte" in name or "extra" in name:
+        expected = [8, 8]
+    else:
+        expected = sizes.get(name, [8])
+    for method in build_schedule(name).schedule.methods:
+        assert [a_pass.n for a_pass in method.passes] == expected
 
 
 @pytest.mark.parametrize(

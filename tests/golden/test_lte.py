@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mulligan.assign import assign
-from mulligan.method import Method
+from mulligan.method import Method, Term
 from mulligan.methods import PRESETS
 from mulligan.methods.grpo import grpo
 from mulligan.methods.lte import grpo_extra, lte
-from mulligan.objective import SAMPLED, START, EntropyBonus, Shaped
+from mulligan.objective import SAMPLED, START, Clipped, EntropyBonus, Shaped
 from mulligan.rollout import climb
 from mulligan.sampling.scripted import ScriptedSampler
 from mulligan.select import SwapFailures
@@ -287,6 +287,20 @@ def test_the_gradient_of_a_real_update_is_the_formulas():
     own = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     assert_near(gradient, own)
     assert float(flat(gradient).norm()) > 0
+
+
+def test_a_ratio_to_what_was_sampled_alone():
+    """A loss that reads no other start, on rows without a hint, in several updates: there it is the plain start."""
+    alone = Method(name="alone", terms=(Term(surrogate=Clipped(below=SAMPLED)),))
+    found = []
+    for method in (alone, grpo()):
+        probe = Probe(tiny("qwen3"), rate=0.1, updates_per_batch=2)
+        rows = assign(method, make_forest(mixed(10), mixed(20)), TEXTS, probe.learner.fill_streams, MAX_NEW_TOKENS)
+        found.append((probe.update(rows, method)[0], probe.gradients))
+    (loss, gradients), (expected, others) = found
+    assert loss == expected
+    for mine, theirs in zip(gradients, others, strict=True):
+        assert_near(mine, theirs)
 
 
 def test_a_hinted_row_without_its_start_is_an_error():

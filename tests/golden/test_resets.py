@@ -1,7 +1,7 @@
 """SRPO and RRPO (arXiv 2605.25507) as exact numbers.
 
-The batch: four fresh chains, of which F0 passes; their lengths are 2, 5, 3 and 4. F1 is the parent: R4 and R5 re-enter its
-first two tokens and go on with five of their own; R4 passes. Of the ratios 0.5, 0.9, 1, 1.1, 2 are those of R4 and R5.
+The batch: four fresh chains of 2, 5, 3 and 4 tokens, of which the first passes. The second is the parent: R4 and R5
+re-enter its first two tokens and go on with five of their own, with the ratios 0.5, 0.9, 1, 1.1, 2; R4 passes.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_tokenizer_without_eos(folder):
 def test_tokenizer_without_bos():
     tokenizer = pico_tokenizer()
     tokenizer.bos_token = None
-    with pytest.raises(UserError, match="has no BOS; choose one"):
+    with pytest.raises(UserError, match="has no BOS; choose a token"):
         bos_context(tokenizer)
 
 

@@ -121,12 +121,18 @@ def _child(changed: Changed, tests: Sequence[str], output: int) -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(ROOT)
-        sys.meta_path.insert(0, Finder(changed))
         import pytest
+
+        class Ahead:
+            """pytest may rewrite the asserts of a package that brings a plugin, and then loads it from the disk: the
+            changed modules have to be found before that."""
+
+            def pytest_load_initial_conftests(self) -> None:
+                sys.meta_path.insert(0, Finder(changed))
 
         # The libraries that the parent imported are those of whose plugins pytest would have liked to rewrite asserts.
         options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        status = int(pytest.main([*options, f"--rootdir={ROOT}", *tests]))
+        status = int(pytest.main([*options, f"--rootdir={ROOT}", *tests], plugins=[Ahead()]))
     except BaseException:  # it must not go up into the parent's own code, of which this is a copy
         traceback.print_exc()
     finally:
