@@ -126,10 +126,12 @@ def tell_result(console: Console, reporter: ConsoleReporter, curve: Path) -> Non
     console.print(f"run    {directory}", markup=False, soft_wrap=True)
     console.print(f"curve  {curve}", markup=False, soft_wrap=True)
     console.print("\nTry next:", style="bold")
+    chain = session.run.task.name == "chain"
+    replay = f"mulligan replay {directory} --step {session.step} --method nsr    # the same samples, other credit"
     for line in (
         f"mulligan eval {directory} --split test --samples 8",
-        f"mulligan train --method dr-grpo --task {session.run.task.name} --seed {session.run.seed}",
-        "mulligan train task.level=4    # longer chains" if session.run.task.name == "chain" else "mulligan tasks",
+        "mulligan train --method srpo task.level=4    # longer chains, resets" if chain else "mulligan methods",
+        *([replay] if session.run.log.samples else []),
         f"mulligan export {directory} --to my-model",
     ):
         console.print(f"  {line}", markup=False, soft_wrap=True, highlight=False)
