@@ -46,12 +46,11 @@ def assign(method: Method, forest: Forest, texts: Texts, fill: Fill, max_new_tok
         # The learner supplies the plain start log-probs itself; everything else is computed here, once.
         fill(rows, [], context_of)
         for stream in dict.fromkeys([*term.credit.reads, *(s for s in term.reads if s != START)]):
-            needed = rows
             if stream not in term.credit.reads and replace(stream, context=START.context) == START:
-                needed = [row for row in rows if context_of(row, stream.context) != row.context]
-                computed = {id(row) for row in needed}
                 for row in rows:
-                    row.as_start |= set() if id(row) in computed else {stream.name}
+                    if context_of(row, stream.context) == row.context:
+                        row.as_start |= {stream.name}
+            needed = [row for row in rows if stream.name not in row.as_start]
             if needed:
                 fill(needed, [stream], context_of)
         advantages = term.credit(rows, forest, max_new_tokens)

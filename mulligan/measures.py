@@ -16,8 +16,8 @@ KNOWN = (FRESH, HINTED, EXTRA, RESET)
 
 def rollout_metrics(forest: Forest, rows: Sequence[Row] = ()) -> Metrics:
     """Of all graded samples; those of a method's own origins count where they are trained, so that probes do not.
-    ``entropy`` is estimated from the drawn tokens, in nats a token; ``signal`` is the share
-    of groups whose rewards differ."""
+    ``entropy`` is estimated from the drawn tokens, in nats a token; ``signal`` is the share of groups whose rewards
+    differ."""
     trained = {row.sample.uid for row in rows}
     samples = [s for s in forest.samples if (s.passed or s.failed) and (s.origin in KNOWN or s.uid in trained)]
     if not samples:
