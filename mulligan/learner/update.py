@@ -207,7 +207,7 @@ class Learner:
         def flat(values: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([v[m] for v, m in zip(values, own, strict=True)]).to(self.device)
 
-        if fresh:
+        if fresh and (START in term.reads or any(row.as_start for row in rows)):
             _keep_start(rows, last)
         streams = {stream.name: flat([require(row, stream, owner) for row in rows]) for stream in term.reads}
         token_weights = torch.tensor(weights, dtype=last.dtype, device=self.device)[batch.row]
