@@ -174,7 +174,7 @@ def evaluate(
             seed=seed_of(seed, "evaluate", split),
             texts=texts,
             sampler=sampler,
-            verify=task.verify,
+            grade=task.grade,
         )
         progress(stop, total)
     return Evaluation(trees, samples, english=task.english)

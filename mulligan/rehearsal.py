@@ -40,7 +40,10 @@ def rehearse(method: Method, task: Task, texts: Texts, problems: Sequence[Proble
         text = task.solution(request.problem) if request.graded else "\\boxed{2}"
         return text, "length" if first and tree % TREES == 3 else "stop"
 
-    def verify(problem: Problem, response: str) -> Grade:
+    def grade(problem: Problem, responses: Sequence[str]) -> list[Grade]:
+        return [graded(problem, response) for response in responses]
+
+    def graded(problem: Problem, response: str) -> Grade:
         if not planned:  # a response from elsewhere, which nobody wrote here
             return task.verify(problem, response)
         right = planned.popleft()
@@ -62,7 +65,7 @@ def rehearse(method: Method, task: Task, texts: Texts, problems: Sequence[Proble
 
     def step() -> Forest:
         seen.clear()
-        kit = {"texts": texts, "sampler": sampler, "verify": verify, "score": scores, "memory": memory}
+        kit = {"texts": texts, "sampler": sampler, "grade": grade, "score": scores, "memory": memory}
         return Forest(0, climb(cast, method.passes, seed=0, **kit))
 
     forest = step()

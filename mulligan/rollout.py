@@ -34,7 +34,7 @@ from mulligan.types import (
 
 _PER_TREE = 1 << 20  # uids and group ids of a tree are its slot times this, plus a count
 
-Verifier = Callable[[Problem, str], Grade]
+Grader = Callable[[Problem, Sequence[str]], list[Grade]]
 Scorer = Callable[[Sequence[Sample], Stream, Tokens | None], list[torch.Tensor]]
 
 
@@ -153,12 +153,12 @@ class _Climb:
         passes: Sequence[Pass],
         seed: int,
         texts: Texts,
-        verify: Verifier,
+        grade: Grader,
         score: Scorer | None,
         memory: Memory,
     ):
         self.tree = Tree(problem)
-        self.slot, self.passes, self.verify, self.score = slot, passes, verify, score
+        self.slot, self.passes, self.grade, self.score = slot, passes, grade, score
         self.seed = seed_of(seed, problem.uid, slot)
         self.ask = Ask(problem, texts, slot, self.seed, memory)
         self.at_pass, self.round, self.uids = -1, 0, 0
@@ -202,7 +202,7 @@ class _Climb:
             return self.score(order.samples, order.stream, order.context)
         if isinstance(order, GivenOrder):
             completion = Completion(tokens=order.tokens, behavior_logprobs=order.behavior_logprobs, finish="stop")
-            return [make_sample(self._request(0, order.order), 0, completion, self.ask.texts, self.verify)]
+            return make_samples(self._request(0, order.order), [completion], self.ask.texts, self.grade)
         return None
 
     def _request(self, branch: int, order: SampleOrder) -> Request:
@@ -232,21 +232,25 @@ class _Climb:
         return any(a is None for a in self.answers)
 
 
-def make_sample(request: Request, attempt: int, completion: Completion, texts: Texts, verify: Verifier) -> Sample:
-    """Decodes and grades one completion."""
-    tokens = (*request.prefix, *completion.tokens)
-    text = texts.decode(tokens)
-    grade = verify(request.problem, text) if request.graded else Grade(verdict=Verdict.UNGRADED, reward=0.0)
-    return Sample(
-        uid=-1,
-        request=request,
-        attempt=attempt,
-        tokens=tokens,
-        behavior_logprobs=completion.behavior_logprobs,
-        finish=completion.finish,
-        text=text,
-        grade=grade,
-    )
+def make_samples(request: Request, completions: Sequence[Completion], texts: Texts, grade: Grader) -> list[Sample]:
+    """Decodes and grades what came of one request, all at once."""
+    tokens = [(*request.prefix, *completion.tokens) for completion in completions]
+    decoded = [texts.decode(each) for each in tokens]
+    ungraded = Grade(verdict=Verdict.UNGRADED, reward=0.0)
+    grades = grade(request.problem, decoded) if request.graded else [ungraded] * len(decoded)
+    return [
+        Sample(
+            uid=-1,
+            request=request,
+            attempt=attempt,
+            tokens=tokens[attempt],
+            behavior_logprobs=completion.behavior_logprobs,
+            finish=completion.finish,
+            text=text,
+            grade=judged,
+        )
+        for attempt, (completion, text, judged) in enumerate(zip(completions, decoded, grades, strict=True))
+    ]
 
 
 def climb(
@@ -256,7 +260,7 @@ def climb(
     seed: int,
     texts: Texts,
     sampler: Sampler,
-    verify: Verifier,
+    grade: Grader,
     score: Scorer | None = None,
     memory: Memory | None = None,
 ) -> list[Tree]:
@@ -265,10 +269,11 @@ def climb(
     Args:
         problems: (slot, problem); the slot is unique in the step and enters the seeds.
         seed: of this run and step.
+        grade: the verifier's word on all responses of one request (:meth:`Task.grade`).
         memory: what passes may recall.
     """
     memory = memory if memory is not None else Memory()
-    climbs = [_Climb(problem, slot, passes, seed, texts, verify, score, memory) for slot, problem in problems]
+    climbs = [_Climb(problem, slot, passes, seed, texts, grade, score, memory) for slot, problem in problems]
     owner: dict[int, _Climb] = {}
 
     def issue(climb_: _Climb) -> list[Request]:
@@ -279,7 +284,7 @@ def climb(
 
     def on_done(request: Request, completions: Sequence[Completion]) -> Iterable[Request]:
         climb_ = owner[id(request)]
-        climb_.receive(request, [make_sample(request, k, c, texts, verify) for k, c in enumerate(completions)])
+        climb_.receive(request, make_samples(request, completions, texts, grade))
         return [] if climb_.waiting else issue(climb_)
 
     keep: list[Request] = []
@@ -296,7 +301,7 @@ def rollout(
     seed: int,
     texts: Texts,
     sampler: Sampler,
-    verify: Verifier,
+    grade: Grader,
     keep: Callable[[Tree], bool] | None = None,
     draws: int = 10,
     score: Scorer | None = None,
@@ -320,7 +325,7 @@ def rollout(
         problems = [draw() for _ in range(min(wanted, draws * n - drawn))]
         drawn += len(problems)
         for tree in climb(
-            problems, passes, seed=seed, texts=texts, sampler=sampler, verify=verify, score=score, memory=memory
+            problems, passes, seed=seed, texts=texts, sampler=sampler, grade=grade, score=score, memory=memory
         ):
             (forest.trees if keep is None or keep(tree) else forest.filtered).append(tree)
     if not forest.trees:

@@ -79,7 +79,7 @@ def one_step(session: Session, log: RunLog, reporter: Reporter, stopper: Stopper
         seed=run.seed,
         texts=session.texts,
         sampler=session.sampler,
-        verify=session.task.verify,
+        grade=session.task.grade,
         keep=method.keep,
         draws=run.sampling.draws,
         score=learner.score_samples,

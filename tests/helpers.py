@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -160,3 +160,8 @@ def assert_near(left: Weights, right: Weights, relative: float = 1e-9, *, may_va
     assert size > 0 or may_vanish
     assert left.keys() == right.keys()
     assert float((flat(left) - flat(right)).norm()) <= relative * size
+
+
+def each(verify: Callable[[Problem, str], Grade]) -> Callable[[Problem, Sequence[str]], list[Grade]]:
+    """A word on one response as a word on several, which is what a rollout wants."""
+    return lambda problem, responses: [verify(problem, response) for response in responses]

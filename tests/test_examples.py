@@ -59,7 +59,7 @@ def drawn(session: Session, step: int) -> tuple[Forest, list[Row]]:
         seed=0,
         texts=session.texts,
         sampler=session.sampler,
-        verify=session.task.verify,
+        grade=session.task.grade,
         score=session.learner.score_samples,
     )
     return forest, assign(method, forest, session.texts, session.learner.fill_streams, sampling.max_new_tokens)

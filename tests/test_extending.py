@@ -119,7 +119,7 @@ def grown() -> tuple[Forest, ScriptedSampler]:
         seed=0,
         texts=TEXTS,
         sampler=sampler,
-        verify=TASK.verify,
+        grade=TASK.grade,
     )
     return forest, sampler
 

@@ -193,7 +193,7 @@ def library_step(method: Method) -> tuple[list[Row], list[Sample], dict[str, flo
         seed=0,
         texts=texts,
         sampler=EmbeddedSampler(loaded.model, loaded.tokenizer, max_new_tokens=128),
-        verify=SHIPPED.verify,
+        grade=SHIPPED.grade,
     )
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     learner = Learner(loaded.model, loaded.tokenizer, optimizer, Plan(), rate=lambda _: 4e-4)

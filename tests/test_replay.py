@@ -28,7 +28,7 @@ from mulligan.tasks.chain import Chain, ChainSettings
 from mulligan.texts import Texts
 from mulligan.types import Forest, Grade
 from tests.e2e.helpers import call, make_model, refused
-from tests.helpers import TASK, TEXTS, TOKENIZER
+from tests.helpers import TASK, TEXTS, TOKENIZER, each
 
 LEVEL, LONGEST = 2, 48
 
@@ -145,7 +145,7 @@ def test_every_field_of_a_request_is_rebuilt():
         seed=1,
         texts=TEXTS,
         sampler=ScriptedSampler(TOKENIZER, lambda request, attempt: (f"{attempt};", "length" if attempt else "stop")),
-        verify=verify,
+        grade=each(verify),
         keep=lambda tree: tree.problem.index % 2 == 1,
     )
     assert [t.problem.index for t in forest.trees] == [1, 3] and [t.problem.index for t in forest.filtered] == [0, 2]

@@ -31,7 +31,7 @@ from mulligan.select import everything
 from mulligan.tasks.chain import Chain, ChainSettings
 from mulligan.texts import Texts
 from mulligan.types import DIAGNOSIS, FRESH, RESET, Completion, Forest, Grade, Request, Sample, Tree, Verdict
-from tests.helpers import TOKENIZER, make_forest, make_sample
+from tests.helpers import TOKENIZER, each, make_forest, make_sample
 
 TASK = Chain(ChainSettings(min_steps=4, max_steps=4))  # four steps and the answer
 TEXTS = Texts(TASK, TOKENIZER)
@@ -75,7 +75,7 @@ def grow(
         seed=seed,
         texts=TEXTS,
         sampler=sampler,
-        verify=TASK.verify,
+        grade=TASK.grade,
         score=score,
         memory=memory,
     )
@@ -146,7 +146,7 @@ def test_boundaries_are_token_indices_and_not_text():
             seed=0,
             texts=texts,
             sampler=Given(),
-            verify=lambda problem, text: Grade(verdict=Verdict.FAIL, reward=0.0),
+            grade=each(lambda problem, text: Grade(verdict=Verdict.FAIL, reward=0.0)),
         )
         reset = tree.samples[1]
         begins.append(reset.branch)
@@ -255,7 +255,7 @@ def test_the_first_group_is_unbiased():
         seed=1,
         texts=Coins(TASK, TOKENIZER),
         sampler=Tossing(),
-        verify=lambda problem, text: grades[text],
+        grade=each(lambda problem, text: grades[text]),
     )
     first: list[bool] = []
     childless: list[bool] = []
@@ -321,7 +321,7 @@ def test_the_oracle_of_a_task_without_one_is_a_restart():
         seed=0,
         texts=TEXTS,
         sampler=ScriptedSampler(TOKENIZER, lambda request, attempt: wrong_from(3)),
-        verify=lambda problem, text: unknown,
+        grade=each(lambda problem, text: unknown),
     )
     assert tree.of(RESET)[0].branch == 0
 
@@ -409,7 +409,7 @@ def told(step: int, said: str, memory: Memory, *, seed: int = 0, chain: str | No
         seed=seed,
         texts=TEXTS,
         sampler=ScriptedSampler(TOKENIZER, lambda request, attempt: texts[request.origin]),
-        verify=TASK.verify,
+        grade=TASK.grade,
         memory=memory,
     )
     assert method.remember is remember_shares

@@ -25,7 +25,7 @@ from mulligan.tasks.boolean import Boolean
 from mulligan.tasks.jsonl import Jsonl, JsonlSettings
 from mulligan.texts import Texts
 from mulligan.types import EXTRA, FRESH, HINTED, Forest, Grade, Problem, Row, Tree, Verdict
-from tests.helpers import TASK, TEXTS, TOKENIZER, make_forest, make_sample
+from tests.helpers import TASK, TEXTS, TOKENIZER, each, make_forest, make_sample
 
 
 @cache
@@ -51,13 +51,13 @@ Line = str | tuple[str, str]
 
 
 def grow(
-    texts: Texts, first: Sequence[Line], again: Pass, *, second: Line = "so be it", seed: int = 0, verify=None
+    texts: Texts, first: Sequence[Line], again: Pass, *, second: Line = "so be it", seed: int = 0, grade=None
 ) -> tuple[Tree, ScriptedSampler]:
     """The tree of one problem after a first round of these responses and another pass."""
     problem = texts.task.problem("train", 0)
     sampler = ScriptedSampler(texts.tokenizer, lambda r, k: first[k] if r.origin == FRESH else second)
     passes = (fresh(len(first)), again)
-    (tree,) = climb([(0, problem)], passes, seed=seed, texts=texts, sampler=sampler, verify=verify or texts.task.verify)
+    (tree,) = climb([(0, problem)], passes, seed=seed, texts=texts, sampler=sampler, grade=grade or texts.task.grade)
     return tree, sampler
 
 
@@ -84,13 +84,13 @@ def test_only_where_something_failed_and_nothing_passed(texts, again, origin):
     def nothing(problem: Problem, text: str) -> Grade:
         return Grade(verdict=Verdict.UNSCORABLE, reward=0.0, answer="7")
 
-    assert not grow(texts, [boxed("7")] * 2, again, verify=nothing)[0].of(origin)
+    assert not grow(texts, [boxed("7")] * 2, again, grade=each(nothing))[0].of(origin)
 
     def half(problem: Problem, text: str) -> Grade:
         verdict = Verdict.FAIL if "7" in text else Verdict.UNSCORABLE
         return Grade(verdict=verdict, reward=0.0, answer=texts.task.extract(text))
 
-    tree, sampler = grow(texts, [boxed("7"), boxed("8")], again, verify=half)
+    tree, sampler = grow(texts, [boxed("7"), boxed("8")], again, grade=each(half))
     assert len(tree.of(origin)) == 3
     assert "8" not in texts.decode(sampler.requests[1].context)  # what nobody could score is no wrong answer
 
@@ -176,9 +176,9 @@ def test_nothing_right_and_nothing_empty_is_fed_back(texts):
     def strict(problem: Problem, text: str) -> Grade:
         return Grade(verdict=Verdict.FAIL, reward=0.0, answer=given[int(text)])
 
-    _, sampler = grow(texts, [str(k) for k in range(len(given))], Hinted(2), second="5", verify=strict)
+    _, sampler = grow(texts, [str(k) for k in range(len(given))], Hinted(2), second="5", grade=each(strict))
     assert answers_in(sampler, texts) == ["7"]
-    tree, _ = grow(texts, [str(k) for k in range(5)], Hinted(2), second="5", verify=strict)
+    tree, _ = grow(texts, [str(k) for k in range(5)], Hinted(2), second="5", grade=each(strict))
     assert not tree.of(HINTED)  # without the 7 nothing is left to say
 
 
@@ -241,7 +241,7 @@ def run_step(group: int, rescues: int, *, seed: int = 0, step: int = 0, select: 
         seed=seed,
         texts=TEXTS,
         sampler=ScriptedSampler(TOKENIZER, script),
-        verify=TASK.verify,
+        grade=TASK.grade,
     )
     return forest, (select or method.terms[0].select)(forest)
 
@@ -335,7 +335,7 @@ def test_a_rescue_that_mentions_the_hint_is_not_trained(texts):
     second: Callable[[int], str] = said.__getitem__
     problem = texts.task.problem("train", 0)
     sampler = ScriptedSampler(texts.tokenizer, lambda r, k: boxed("7") if r.origin == FRESH else second(k))
-    (tree,) = climb([(0, problem)], lte(3).passes, seed=0, texts=texts, sampler=sampler, verify=texts.task.verify)
+    (tree,) = climb([(0, problem)], lte(3).passes, seed=0, texts=texts, sampler=sampler, grade=texts.task.grade)
     again = tree.of(HINTED)
     assert [s.passed for s in again] == [True] * 3
     assert [s.grade.mentions_hint for s in again] == [True, True, False]
@@ -348,7 +348,7 @@ def test_grpo_extra_swaps_its_own_second_round():
     sampler = ScriptedSampler(TOKENIZER, lambda r, k: boxed("123") if r.origin == FRESH else right)
     problem = TASK.problem("train", 0)
     method = grpo_extra(3)
-    (tree,) = climb([(0, problem)], method.passes, seed=0, texts=TEXTS, sampler=sampler, verify=TASK.verify)
+    (tree,) = climb([(0, problem)], method.passes, seed=0, texts=TEXTS, sampler=sampler, grade=TASK.grade)
     rows = method.terms[0].select(Forest(0, [tree]))
     assert sorted(row.sample.origin for row in rows) == [EXTRA, EXTRA, FRESH]
     # LTE's select takes none of them: they are no hinted samples.

@@ -22,7 +22,7 @@ from mulligan.seeds import seed_of
 from mulligan.texts import Texts
 from mulligan.train import rollout_metrics
 from mulligan.types import Forest, Problem, Request, Sample, Stream, Tree, Verdict
-from tests.helpers import TASK, TEXTS, TOKENIZER
+from tests.helpers import TASK, TEXTS, TOKENIZER, each
 
 
 def right(problem: Problem) -> str:
@@ -45,7 +45,7 @@ def grow(passes, problems=(0,), *, script: Callable = wrong, seed: int = 0, scor
         seed=seed,
         texts=TEXTS,
         sampler=sampler or sampler_of(script),
-        verify=TASK.verify,
+        grade=TASK.grade,
         score=score,
     )
 
@@ -162,7 +162,12 @@ def test_what_is_no_answer_is_not_graded():
         return TASK.verify(problem, text)
 
     (tree,) = climb(
-        [(0, TASK.problem("train", 0))], (attempt, fresh(1)), seed=0, texts=TEXTS, sampler=sampler_of(), verify=verify
+        [(0, TASK.problem("train", 0))],
+        (attempt, fresh(1)),
+        seed=0,
+        texts=TEXTS,
+        sampler=sampler_of(),
+        grade=each(verify),
     )
     assert [s.grade.verdict for s in tree.samples] == [Verdict.UNGRADED, Verdict.FAIL]
     assert len(verified) == 1 and not tree.samples[0].failed
@@ -312,7 +317,7 @@ def run_step(n: int, *, keep=None, draws=10, script=wrong, step=0, start=0) -> t
         seed=3,
         texts=TEXTS,
         sampler=sampler_of(script),
-        verify=TASK.verify,
+        grade=TASK.grade,
         keep=keep,
         draws=draws,
     )
@@ -369,9 +374,7 @@ def test_every_sampled_token_is_counted():
         drawn.append(len(drawn))
         return drawn[-1], TASK.problem("train", drawn[-1])
 
-    forest = rollout(
-        draw, 2, (branching,), step=0, seed=0, texts=TEXTS, sampler=sampler, verify=TASK.verify, keep=mixed
-    )
+    forest = rollout(draw, 2, (branching,), step=0, seed=0, texts=TEXTS, sampler=sampler, grade=TASK.grade, keep=mixed)
     own = sum(len(s.behavior_logprobs) for t in (*forest.trees, *forest.filtered) for s in t.samples)
     asked = 0
     for request in sampler.requests:

@@ -159,7 +159,7 @@ def test_a_signal_right_before_the_shield_leaves_no_half_step(several, monkeypat
         step=0,
         texts=None,
         sampler=None,
-        task=SimpleNamespace(verify=None, problem=None),
+        task=SimpleNamespace(grade=None, problem=None),
         memory=SimpleNamespace(commit=lambda: committed.append(1)),
     )
     log = SimpleNamespace(metrics=logged.append, samples=logged.append)

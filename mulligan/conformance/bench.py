@@ -194,7 +194,7 @@ class Case:
             seed=7,
             texts=TEXTS,
             sampler=ScriptedSampler(TOKENIZER, lambda request, attempt: answer(request, attempt, 1 - step)),
-            verify=TASK.verify,
+            grade=TASK.grade,
             keep=self.method.keep if only is None else None,
             score=self.bench.learner.score_samples,
             memory=memory,

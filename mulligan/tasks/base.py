@@ -115,6 +115,10 @@ class Task(ABC):
             mentions_hint=self.mentions_hint(response),
         )
 
+    def grade(self, problem: Problem, responses: Sequence[str]) -> list[Grade]:
+        """:meth:`verify` on several responses to one problem; a task that can do them side by side says how."""
+        return [self.verify(problem, response) for response in responses]
+
 
 class GeneratedTask(Task):
     """A task whose problems are drawn by rejection into the split's buckets."""

@@ -208,7 +208,7 @@ def grown() -> Forest:
     cast = [(i, TASK.problem("train", i)) for i in range(2)]
     passes = lte(3).passes
     sampler = ScriptedSampler(TOKENIZER, script)
-    return Forest(0, climb(cast, passes, seed=0, texts=TEXTS, sampler=sampler, verify=TASK.verify))
+    return Forest(0, climb(cast, passes, seed=0, texts=TEXTS, sampler=sampler, grade=TASK.grade))
 
 
 def log_p(model, context: tuple[int, ...], response: tuple[int, ...]) -> torch.Tensor:
