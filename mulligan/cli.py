@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -46,6 +48,7 @@ def train(
     from mulligan.config import load_run, to_toml
     from mulligan.console import ConsoleReporter, tell_result
     from mulligan.log import METRICS, read_metrics
+    from mulligan.loggers import build_loggers
     from mulligan.report.curve import plot_curve
     from mulligan.rundir import CHECKPOINTS, RUN
     from mulligan.session import prepare
@@ -56,9 +59,12 @@ def train(
         file = to / RUN  # a run knows its own settings
     flags = {"method.name": method, "task.name": task, "model.name": model, "steps": steps, "seed": seed}
     run = load_run(file, overrides, {**flags, "out": None if to is None else str(to)})
+    build_loggers(run.log, run.directory)  # before a model is loaded: what is absent is told at once
     session = prepare(run)
     if dry_run:
         out.print(to_toml(session.resolved), highlight=False, markup=False, soft_wrap=True, end="")
+        for note in session.task.notes():
+            out.print(f"# {note}", highlight=False, markup=False, soft_wrap=True)
         for note in session.notes:
             out.print(f"# contract holds: {note}", highlight=False, markup=False, soft_wrap=True)
         return
@@ -81,51 +87,104 @@ def evaluate_command(
     model: Annotated[
         str, typer.Argument(help="A run's directory, pico, pico-qwen3, a model directory or a Hub id.")
     ] = "pico",
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[task.key=value ...]", help="Task settings.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE.toml] [task.key=value ...]",
+            help="A suite, a TOML file with a table for each task; settings of the task, of several label.key=value.",
+        ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="The task; a run's own when left out.")] = None,
-    split: Annotated[str, typer.Option(help="dev or test")] = "test",
-    problems: Annotated[int, typer.Option(min=1)] = 256,
-    samples: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[LABEL=]NAME", help="A task, several times for several; a run's own when left out."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="dev or test", show_default="test")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="Of each task.", show_default="256")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples a problem.", show_default="8")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy.", show_default="a run's own, else 1.0")
+    ] = None,
     max_new_tokens: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="Longest response; with several a table.")
-    ] = "128",
-    seed: Annotated[int, typer.Option()] = 0,
+        str | None,
+        typer.Option(
+            metavar="N[,N...]", help="Longest response; a row for each.", show_default="a run's own, else 128"
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends a response; several times for several.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="0")] = None,
     loops: Annotated[
-        str | None, typer.Option(metavar="N[,N...]|all", help="Loops to run of a looped model; with several a table.")
+        str | None, typer.Option(metavar="N[,N...]|all", help="Loops to run of a looped model; a row for each.")
+    ] = None,
+    exit_threshold: Annotated[
+        str | None,
+        typer.Option(metavar="T[,T...]", help="Exit probability at which a looped model stops; a row for each."),
     ] = None,
     probe: Annotated[str | None, typer.Option(help="localisation, hint or alone, in place of plain accuracy.")] = None,
     relative_to: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model to compare with, problem by problem.")
     ] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="A directory for settings, every sample and the report.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in --out.")] = False,
+    chat: Annotated[
+        str | None, typer.Option(metavar="auto|on|off", help="Prompts as a user's turn; a run's own when left out.")
+    ] = None,
+    thinking: Annotated[
+        str | None, typer.Option(metavar="on|off", help="The chat template's enable_thinking; its own when left out.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; a run has its own")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Samples that decode at a time.")] = 512,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own Python code.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out problems."""
-    from mulligan.evalcli import run_evaluation
+    """Measure a model on held-out problems of one task or several."""
+    from mulligan.evalcli import numbers_of, run_evaluation, switch_of, thresholds_of
+    from mulligan.report.table import evaluation_table
+    from mulligan.stopping import Stopped, Stopper
 
-    given = overrides or []
-    if "=" in model and not Path(model).is_dir():  # the model was left out
+    given = arguments or []
+    if ("=" in model or model.endswith(".toml")) and not Path(model).is_dir():  # the model was left out
         model, given = "pico", [model, *given]
-    report = run_evaluation(
-        model,
-        given,
-        task=task,
-        split=split,
-        problems=problems,
-        samples=samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        loops=loops,
-        probe=probe,
-        relative_to=relative_to,
-        console=Console(stderr=True),
-    )
-    if "grid" in report and not as_json:
-        out.print(_grid(report.pop("grid")))
-    _show(report, as_json)
+    flags: dict[str, Any] = {"split": split, "problems": problems, "samples": samples, "temperature": temperature}
+    flags |= {"seed": seed, "stop": stop}
+    if max_new_tokens is not None:
+        flags["max_new_tokens"] = numbers_of("--max-new-tokens", max_new_tokens)
+    if loops is not None:
+        flags["loops"] = loops if loops == "all" else numbers_of("--loops", loops, or_else=", or 'all'")
+    if exit_threshold is not None:
+        flags["exit_threshold"] = thresholds_of("--exit-threshold", exit_threshold)
+    how: dict[str, Any] = {"chat": chat, "system": system, "dtype": dtype, "device": device}
+    how["thinking"] = None if thinking is None else switch_of("--thinking", thinking)
+    how["trust_remote_code"] = trust_remote_code or None
+    try:
+        with Stopper().listening():
+            report = run_evaluation(
+                model,
+                given,
+                tasks=task or [],
+                flags={key: value for key, value in flags.items() if value is not None},
+                model_flags={key: value for key, value in how.items() if value is not None},
+                max_rows=max_rows,
+                probe=probe,
+                relative_to=relative_to,
+                directory=to,
+                resume=resume,
+                console=Console(stderr=True),
+            )
+    except Stopped as stopped:
+        kept = "nothing is kept without --out DIR" if to is None else "what was sampled is kept; --resume goes on"
+        _fail(f"{stopped}: {kept}", stopped.exit_code)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        out.print(evaluation_table(report), highlight=False)
 
 
 @app.command()
@@ -138,6 +197,7 @@ def tasks(as_json: Json = False) -> None:
             "name": t.name,
             "summary": t.summary,
             "oracle": t.has_oracle,
+            "preset_of": next((base.name for base in t.__mro__[1:] if getattr(base, "name", "") in TASKS), None),
             "settings": _settings(t.Settings),
         }
         for t in TASKS.values()
@@ -199,17 +259,35 @@ def base(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
-    to: Annotated[Path, typer.Option("--to", help="The directory to write.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="The directory to write; 'export' in the run's when left out.")
+    ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter alone, in PEFT's layout.")] = False,
 ) -> None:
-    """Write a run's newest model as a plain Hugging Face directory."""
-    from mulligan.models.loading import save_model
-    from mulligan.rundir import load_run_model
+    """Write a run's newest checkpoint as a plain Hugging Face directory with a model card."""
+    from mulligan.export import export_run
 
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} is {'not empty' if to.is_dir() else 'a file'}")
-    loaded, _ = load_run_model(run)
-    save_model(loaded.model, loaded.tokenizer, to)
-    out.print(f"{to}: AutoModelForCausalLM.from_pretrained({str(to)!r})", highlight=False, markup=False, soft_wrap=True)
+    written = export_run(run, to, adapter=adapter)
+    loader = "PeftModel.from_pretrained(base, {})" if adapter else "AutoModelForCausalLM.from_pretrained({})"
+    out.print(f"{written}: {loader.format(repr(str(written)))}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # so that an answer may be -7
+def grade(
+    gold: Annotated[str | None, typer.Argument(help="The right answer, or a solution that ends with it.")] = None,
+    answer: Annotated[str | None, typer.Argument(help="The answer to judge, or a response that ends with it.")] = None,
+    percent: Annotated[
+        bool, typer.Option("--percent", help="The task's answers are percentages: 10% and 10 are the same.")
+    ] = False,
+    jsonl: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Rows with gold and answer, - for standard input; a JSON row each.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes side by side.")] = None,
+) -> None:
+    """Judge an answer: correct, wrong or unscorable, and why. The exit code is 0 for each of them."""
+    from mulligan.gradecli import grade_lines
+
+    _print_lines(grade_lines(gold, answer, file=jsonl, percent=percent, workers=workers))
 
 
 @app.command()
@@ -258,6 +336,16 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    """Each as it comes. What the terminal's encoding lacks is escaped; a reader that has seen enough is no error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        for line in lines:
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+
+
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """A run file, if one is named first, and the overrides."""
     if arguments and "=" not in arguments[0]:
@@ -289,7 +377,12 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
         if row["name"].removesuffix("-published") in by_name.keys() - {row["name"]}:
             continue  # told beside the preset of our own
         note = f" (arXiv {row['paper']})" if row.get("paper") else ""
-        lines = [f"{row['summary']}{note}", f"[dim]{_words(_defaults(row))}[/]"]
+        settings = _defaults(row)
+        if row.get("preset_of"):
+            usual = _defaults(by_name[row["preset_of"]])
+            settings = {k: v for k, v in settings.items() if k not in usual or v != usual[k]}
+        told = f"{_words(settings)}; the rest as {row['preset_of']}" if row.get("preset_of") else _words(settings)
+        lines = [f"{row['summary']}{note}", f"[dim]{told}[/]"]
         if "changes" in row:
             read = ", ".join(row["streams"]) or "policy_logprobs alone"
             lines.append(f"[dim]changes: {', '.join(row['changes']) or 'nothing (the baseline)'}; reads: {read}[/]")
@@ -305,33 +398,8 @@ def _defaults(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _words(settings: dict[str, Any]) -> str:
-    return " ".join(f"{k}={'' if v is None else v}" for k, v in settings.items())
-
-
-def _grid(entries: list[dict[str, Any]]) -> Table:
-    """One row a pair of loops and token limit, at most 80 columns wide."""
-    from mulligan.console import interval
-
-    names = ["loops", "limit", "pass@1 [95 %]", "steps", "length", "cut"]
-    compared = "pass@1_difference" in entries[0]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in [*names, "points [95 %]"] if compared else names:
-        table.add_column(name, justify="right", no_wrap=name in ("loops", "limit"))
-    for entry in entries:
-        right = entry["process_correct"]
-        row = [
-            "-" if entry["loops"] is None else str(entry["loops"]),
-            str(entry["max_new_tokens"]),
-            interval(entry),
-            "-" if right is None else f"{right:.3f}",
-            f"{entry['length']:.0f}",
-            f"{entry['truncated']:.3f}",
-        ]
-        if compared:
-            difference, low, high = (100 * entry[f"pass@1_difference{end}"] for end in ("", "_low", "_high"))
-            row.append(f"{difference:+.1f} [{low:.1f}, {high:.1f}]")
-        table.add_row(*row)
-    return table
+    shown = {k: json.dumps(v) if isinstance(v, str) and v.strip() != v else v for k, v in settings.items()}
+    return " ".join(f"{k}={'' if v is None else v}" for k, v in shown.items())
 
 
 def _phase(side: dict[str, Any]) -> str:

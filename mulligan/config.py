@@ -36,9 +36,31 @@ class ModelSection(Section):
     """What is trained."""
 
     name: str = Field(default="pico", description="'pico', 'pico-qwen3', a directory, or a Hub id")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the weights; 'auto': float32, and bfloat16 below an adapter on CUDA"
+    )
     device: str = Field(default="auto", description="'auto' (CUDA when present), 'cpu', 'cuda', 'cuda:1', ...")
     trust_remote_code: bool = False
+    loops: int | None = Field(
+        default=None, ge=1, description="of a looped model, in sampling and learning; left out: the model's own number"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, for a second forward pass")
+    chat: Literal["auto", "on", "off"] = Field(
+        default="auto", description="prompts as a user's turn; 'auto': where the tokenizer has a chat template"
+    )
+    thinking: bool | None = Field(default=None, description="the template's enable_thinking; left out: the template's")
+    system: str | None = Field(default=None, description="a system prompt before the user's turn")
+
+
+class LoraSection(Section):
+    """Low-rank adapters (arXiv 2106.09685): W + (alpha / rank) B A, and only A and B are trained.
+
+    There is no dropout: the learner's log-probs have to be those of the policy that sampled.
+    """
+
+    rank: int = Field(default=0, ge=0, description="0 trains all weights")
+    alpha: float = Field(default=32.0, gt=0)
+    targets: list[str] = Field(default=["all-linear"], min_length=1, description="names of linear layers")
 
 
 class TaskSection(OpenSection):
@@ -70,12 +92,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSection(Section):
     """How rows become updates."""
 
+    name: str = Field(default="AdamW", description="any optimizer of torch.optim that needs no closure")
+    options: dict[str, Any] = Field(default={}, description="further arguments of that class, such as momentum")
     learning_rate: float = Field(default=2e-4, gt=0)
     warm_up: int = Field(default=0, ge=0, description="updates over which the rate rises from 0")
     decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="to a tenth, over all steps")
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)  # TOML's arrays come as lists
-    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0, description="left out: 0")
+    betas: Annotated[tuple[Beta, Beta] | None, Field(strict=False)] = Field(
+        default=None, description="left out: AdamW's are 0.9 and 0.95, another optimizer's its own"
+    )
+    eps: float | None = Field(default=None, gt=0, description="left out: the optimizer's own")
     clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 is off")
     updates_per_batch: int = Field(default=1, ge=1, description="optimizer steps into which a batch is cut")
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
@@ -103,7 +129,9 @@ class LogSection(Section):
     """What is written."""
 
     samples: bool = Field(default=True, description="every rollout to samples.jsonl")
-    tensorboard: bool = False
+    to: list[str] = Field(default=[], description="'tensorboard', 'wandb', 'trackio' or './mine.py:factory'")
+    project: str = Field(default="mulligan", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="as W&B and trackio say")
+    name: str | None = Field(default=None, description="there; the run's directory's name when left out")
 
 
 class DiagnoseSection(Section):
@@ -123,6 +151,7 @@ class Run(Section):
     seed: int = 0
     out: str | None = Field(default=None, description="the run's directory; named after the run when left out")
     model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
     task: TaskSection = TaskSection()
     method: MethodSection = MethodSection()
     sampling: SamplingSection = SamplingSection()
@@ -149,7 +178,7 @@ class Run(Section):
 
 
 # A resumed run may differ from the first in these alone.
-MAY_CHANGE = ("steps", "tokens", "out", "log.tensorboard", "model.device")
+MAY_CHANGE = ("steps", "tokens", "out", "log.to", "log.project", "log.name", "model.device")
 
 
 def load_run(file: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> Run:
@@ -258,7 +287,12 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """JSON, but for DEL, which TOML wants escaped."""
+    """JSON, but for DEL, which TOML wants escaped, and for tables inside of lists; None is left out of those."""
+    if isinstance(value, Mapping):
+        told = [f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None]
+        return f"{{{', '.join(told)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

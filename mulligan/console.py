@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from mulligan.evaluate import Evaluation
+from mulligan.evaluate import Evaluation, Outcome
 from mulligan.session import Session
-from mulligan.types import Metrics, Sample
+from mulligan.types import Metrics
 
 
 class ConsoleReporter:
@@ -22,8 +22,8 @@ class ConsoleReporter:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.session: Session | None = None
-        self.before: tuple[Metrics, list[Sample]] | None = None
-        self.after: tuple[Metrics, list[Sample]] | None = None
+        self.before: tuple[Metrics, list[Outcome]] | None = None
+        self.after: tuple[Metrics, list[Outcome]] | None = None
         self.accuracy: float | None = None
         self._seconds: list[float] = []
         self._last = time.monotonic()
@@ -48,6 +48,8 @@ class ConsoleReporter:
             markup=False,
             soft_wrap=True,
         )
+        for note in session.task.notes():
+            self.console.print(note, markup=False, highlight=False, soft_wrap=True)
         self.console.print(
             f"results in {run.directory}" + (f", going on from step {session.step}" if resumed else ""),
             markup=False,
@@ -137,16 +139,16 @@ def tell_result(console: Console, reporter: ConsoleReporter, curve: Path) -> Non
         console.print(f"  {line}", markup=False, soft_wrap=True, highlight=False)
 
 
-def _rollouts(session: Session, old: Sample, new: Sample) -> Panel:
+def _rollouts(session: Session, old: Outcome, new: Outcome) -> Panel:
     text = Text()
     for name, sample in (("before", old), ("after", new)):
         text.append(f"{name:7}", style="dim")
-        steps = session.task.split_steps(sample.text)
+        steps = session.task.of(sample.problem).split_steps(sample.text)
         wrong = sample.grade.first_wrong_step
         for number, step in enumerate(steps, 1):
             text.append(step, style="bold red underline" if number == wrong else "")
         verdict = str(sample.grade.verdict)
         where = f", first wrong step {wrong}" if wrong else ""
         text.append(f"  {verdict}{where}\n", style="green" if sample.passed else "red")
-    text.append(f"gold   {new.request.problem.answer}", style="dim")
-    return Panel(text, title=Text(new.request.problem.prompt[:200]), title_align="left")
+    text.append(f"gold   {new.problem.answer}", style="dim")
+    return Panel(text, title=Text(new.problem.prompt[:200]), title_align="left")

@@ -23,7 +23,7 @@ def rollout_metrics(forest: Forest, rows: Sequence[Row] = ()) -> Metrics:
     if not samples:
         raise UserError(f"step {forest.step + 1}: the verifier could score none of {len(forest.samples)} responses")
     own = [len(s.behavior_logprobs) for s in samples]
-    passes = [[s.passed for s in t.of(FRESH) if s.passed or s.failed] for t in forest.trees]
+    passes = [p for t in forest.trees if (p := [s.passed for s in t.of(FRESH) if s.passed or s.failed])]
     groups: dict[int, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample.grade.reward)
@@ -33,7 +33,7 @@ def rollout_metrics(forest: Forest, rows: Sequence[Row] = ()) -> Metrics:
         "rollout/pass": _mean(s.passed for s in samples),
         "rollout/none_pass": _mean(not any(p) for p in passes),
         "rollout/some_pass": _mean(any(p) and not all(p) for p in passes),
-        "rollout/all_pass": _mean(bool(p) and all(p) for p in passes),
+        "rollout/all_pass": _mean(all(p) for p in passes),
         "rollout/signal": _mean(len(set(g)) > 1 for g in groups.values()),
         "rollout/length": _mean(own),
         "rollout/truncated": _mean(s.truncated for s in samples),
@@ -44,6 +44,21 @@ def rollout_metrics(forest: Forest, rows: Sequence[Row] = ()) -> Metrics:
     }
     if judged:
         out["rollout/process_correct"] = _mean(judged)
+    return out | _by_part(samples)
+
+
+def _by_part(samples: Sequence[Sample]) -> Metrics:
+    """Reward, passes and length of a mixture's parts, under ``rollout/<part>/``; nothing for any other task."""
+    parts: dict[str, list[Sample]] = {}
+    for sample in samples:
+        _, mixed, part = sample.request.problem.task.partition("/")
+        if mixed:
+            parts.setdefault(part, []).append(sample)
+    out: Metrics = {}
+    for part, mine in sorted(parts.items()):
+        out[f"rollout/{part}/reward"] = _mean(s.grade.reward for s in mine)
+        out[f"rollout/{part}/pass"] = _mean(s.passed for s in mine)
+        out[f"rollout/{part}/length"] = _mean(len(s.behavior_logprobs) for s in mine)
     return out
 
 
@@ -100,7 +115,7 @@ def _resets(forest: Forest, texts: Texts) -> Metrics:
             if group[0].origin != RESET:
                 continue
             parent = by_uid[group[0].request.parent or 0]
-            ends = texts.step_ends(parent.tokens)
+            ends = texts.of(tree.problem).step_ends(parent.tokens)
             kept = sum(end <= group[0].branch for end in ends)
             shares.append(kept / max(len(ends), 1))
             first.append(kept == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from mulligan.diagnosis import parse_step
 from mulligan.errors import UserError
-from mulligan.evaluate import bootstrap, evaluate
+from mulligan.evaluate import bootstrap, split_size, trees
 from mulligan.learner.packing import Item, micro_batches, pack
 from mulligan.learner.scoring import score
 from mulligan.models.loading import eos_id
@@ -46,7 +47,7 @@ def localisation(
             yield [
                 ask.samples(
                     1,
-                    context=texts.diagnosis(problem, task.split_steps(s.text)),
+                    context=texts.diagnosis(problem, task.of(problem).split_steps(s.text)),
                     origin=DIAGNOSIS,
                     parent=s.uid,
                     temperature=JUDGE_TEMPERATURE,
@@ -55,19 +56,18 @@ def localisation(
                 for s in failed
             ]
 
-    found = evaluate(
+    found = trees(
         task,
         texts,
         sampler,
         split=split,
         problems=problems,
-        samples=samples,
         seed=seed,
         passes=(fresh(samples), diagnose),
         progress=progress,
     )
     hits, parsed, by_length = [], 0, defaultdict(Counter)
-    for tree in found.trees:
+    for tree in itertools.chain.from_iterable(found):
         judged = {s.uid: s for s in tree.samples}
         for said in tree.of(DIAGNOSIS):
             chain = judged[said.request.parent or 0].grade
@@ -116,19 +116,18 @@ def hint(
             hinted = ask.samples(samples, context=texts.hint(problem, wrong), origin=HINTED)
             yield [hinted, ask.samples(samples, origin="again")]
 
-    found = evaluate(
+    found = trees(
         task,
         texts,
         sampler,
         split=split,
         problems=problems,
-        samples=samples,
         seed=seed,
         passes=(fresh(samples), retry),
         progress=progress,
     )
     gains, rates = [], {HINTED: [], "again": []}
-    for tree in found.trees:
+    for tree in itertools.chain.from_iterable(found):
         if tree.of(HINTED):
             share = {o: sum(bool(s.grade.process_correct) for s in tree.of(o)) / samples for o in rates}
             gains.append(share[HINTED] - share["again"])
@@ -160,10 +159,7 @@ def alone(
 ) -> dict[str, Any]:
     """Nats a token of right solutions, with their question and alone (P(y)); ``uniform`` is log of the vocabulary."""
     tokenizer, out = texts.tokenizer, {}
-    size = task.size(split)
-    if size == 0:
-        raise UserError(f"task '{task.name}' has no problems in its {split} split")
-    chosen = [task.problem(split, i) for i in range(problems if size is None else min(problems, size))]
+    chosen = [task.problem(split, i) for i in range(split_size(task, split, problems))]
     contexts = {"with_question": texts.prompt, "alone": lambda problem: texts.nothing()}
     for name, context in contexts.items():
         items = []

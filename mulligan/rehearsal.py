@@ -40,14 +40,14 @@ def rehearse(method: Method, task: Task, texts: Texts, problems: Sequence[Proble
         text = task.solution(request.problem) if request.graded else "\\boxed{2}"
         return text, "length" if first and tree % TREES == 3 else "stop"
 
-    def grade(problem: Problem, responses: Sequence[str]) -> list[Grade]:
+    def grade(problem: Problem, responses: Sequence[str], tokens: Sequence[Tokens]) -> list[Grade]:
         return [graded(problem, response) for response in responses]
 
     def graded(problem: Problem, response: str) -> Grade:
         if not planned:  # a response from elsewhere, which nobody wrote here
             return task.verify(problem, response)
         right = planned.popleft()
-        steps = task.split_steps(response)
+        steps = task.of(problem).split_steps(response)
         return Grade(
             verdict=Verdict.PASS if right else Verdict.FAIL,
             reward=float(right),

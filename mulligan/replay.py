@@ -31,7 +31,10 @@ from mulligan.learner.update import Learner, Plan, frozen_models
 from mulligan.log import METRICS, SAMPLES, read_metrics
 from mulligan.method import Method
 from mulligan.methods import build_schedule
-from mulligan.models.loading import LoadedModel, load_model
+from mulligan.models.adapters import has_adapter
+from mulligan.models.chat import open_chat
+from mulligan.models.loading import LoadedModel
+from mulligan.policy import load_base, load_teacher
 from mulligan.records import read_samples, rebuild
 from mulligan.rehearsal import rehearse
 from mulligan.rundir import CHECKPOINTS, RUN, checkpoint_model, is_run, sample_records
@@ -110,7 +113,7 @@ def problem_gradients(
     sums, loss, gap, tokens = GradientSums(), 0.0, 0.0, 0.0
 
     def note() -> None:
-        parameters = list(learner.model.parameters())
+        parameters = [p for p in learner.model.parameters() if p.requires_grad]
         sums.add([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
     learner.guard = note
@@ -165,7 +168,7 @@ def replay(directory: Path, step: int, method: str, overrides: Sequence[str] = (
     if len(forest.samples) != metrics.get("rollout/samples", len(forest.samples)):
         raise UserError(f"step {step}: {SAMPLES} and {METRICS} of {directory} disagree on how many samples it has")
     loaded, weights = _weights(directory, run, step)
-    texts, most = Texts(task, loaded.tokenizer), run.sampling.max_new_tokens
+    texts, most = Texts(task, loaded.tokenizer, open_chat(loaded, run.model)), run.sampling.max_new_tokens
     theirs = other.schedule.at(step - 1)
     check_schedule(
         constant(theirs),
@@ -259,9 +262,7 @@ def _weights(directory: Path, run: Run, step: int) -> tuple[LoadedModel, dict[st
     device, why = _device(run.model.device), ""
     if not before and (wanted == 0 or not saved):
         try:
-            loaded = load_model(
-                run.model.name, dtype=run.model.dtype, device=device, trust_remote_code=run.model.trust_remote_code
-            )
+            loaded = load_base(run.model, run.lora, seed=run.seed, device=device)
             return loaded, _told(f"the base model {run.model.name}", 0, step)
         except UserError as error:
             if not saved:
@@ -306,19 +307,16 @@ def _frozen(method: Method, policy: LoadedModel, run: Run) -> dict[str, Any]:
     """The frozen models that a method reads; the reference is the base model, as in the run."""
     out = {}
     for name, path in frozen_models([method]).items():
-        settings = run.model
+        if path is None and has_adapter(policy.model):
+            continue  # the learner switches the adapter off
         try:
-            found = load_model(
-                path or settings.name,
-                dtype=settings.dtype,
-                device=_device(settings.device),
-                trust_remote_code=settings.trust_remote_code,
-            )
+            if path is not None:
+                out[name] = load_teacher(name, path, policy, run.model)
+            else:
+                base = load_base(run.model, run.lora, device=_device(run.model.device))
+                out[name] = base.model.requires_grad_(False)
         except UserError as error:
             raise UserError(f"{method.name} reads a frozen {name}: {error}") from error
-        if found.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise UserError(f"{name} ({path or settings.name}) has another vocabulary than {policy.name}")
-        out[name] = found.model.requires_grad_(False)
     return out
 
 

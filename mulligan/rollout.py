@@ -34,7 +34,7 @@ from mulligan.types import (
 
 _PER_TREE = 1 << 20  # uids and group ids of a tree are its slot times this, plus a count
 
-Grader = Callable[[Problem, Sequence[str]], list[Grade]]
+Grader = Callable[[Problem, Sequence[str], Sequence[Tokens]], list[Grade]]
 Scorer = Callable[[Sequence[Sample], Stream, Tokens | None], list[torch.Tensor]]
 
 
@@ -80,7 +80,7 @@ class Ask:
     """What a pass may ask for, bound to one problem."""
 
     def __init__(self, problem: Problem, texts: Texts, slot: int, seed: int, memory: Memory | None = None) -> None:
-        self.problem, self.texts, self._memory = problem, texts, memory or Memory()
+        self.problem, self.texts, self._memory = problem, texts.of(problem), memory or Memory()
         self._slot, self._groups, self._seed = slot, 0, seed
 
     def new_group(self) -> int:
@@ -237,7 +237,8 @@ def make_samples(request: Request, completions: Sequence[Completion], texts: Tex
     tokens = [(*request.prefix, *completion.tokens) for completion in completions]
     decoded = [texts.decode(each) for each in tokens]
     ungraded = Grade(verdict=Verdict.UNGRADED, reward=0.0)
-    grades = grade(request.problem, decoded) if request.graded else [ungraded] * len(decoded)
+    to_grade = [texts.to_grade(each) for each in decoded]
+    grades = grade(request.problem, to_grade, tokens) if request.graded else [ungraded] * len(decoded)
     return [
         Sample(
             uid=-1,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedModel
 
 from mulligan.checkpoint import (
     Checkpoint,
@@ -31,12 +31,15 @@ from mulligan.checkpoint import (
     set_rng_state,
     unpack_optimizer,
 )
-from mulligan.config import differences, read_toml, to_toml
+from mulligan.config import Run, differences, read_toml, to_toml, validate
 from mulligan.errors import UserError
 from mulligan.files import reason, write_aside
 from mulligan.log import METRICS, SAMPLES, RunLog
+from mulligan.loggers import build_loggers
 from mulligan.memory import Memory
-from mulligan.models.loading import LoadedModel
+from mulligan.models.adapters import adapter_names, fingerprint, has_adapter
+from mulligan.models.loading import LoadedModel, load_skeleton, read_generation_config, save_skeleton
+from mulligan.policy import base_name, load_base
 from mulligan.session import Session
 from mulligan.types import Forest, Row, Sample
 
@@ -74,11 +77,11 @@ def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
     def write(path: Path) -> None:
         path.write_text(to_toml(session.resolved), encoding="utf-8")
 
-    with RunLog(directory, offsets=offsets, tensorboard=session.run.log.tensorboard) as log:
+    loggers = build_loggers(session.run.log, directory)
+    with RunLog(directory, offsets=offsets, loggers=loggers, run=session.resolved) as log:
         write_aside(directory / RUN, write)
         try:
-            session.loaded.model.config.save_pretrained(directory / MODEL)
-            session.loaded.tokenizer.save_pretrained(directory / MODEL)
+            save_skeleton(session.loaded, directory / MODEL)
         except Exception as error:  # tokenizers' Rust raises the bare Exception for a full disk
             raise UserError(f"{directory / MODEL}: cannot write: {reason(error)}") from error
         yield log
@@ -95,8 +98,10 @@ def load_state(
     _same_settings(state["run"], session, path)
     if state["step"] > session.run.steps:
         raise UserError(f"{path}: {state['step']} steps are done already; the run asks for {session.run.steps}")
-    load_model_tensors(session.learner.model, tensors["model"])
-    unpack_optimizer(session.learner.optimizer, session.learner.model, tensors["optimizer"], state["optimizer"])
+    model = session.learner.model
+    _same_base(model, state["base"], path)
+    load_model_tensors(model, tensors["model"], adapter_names(model))
+    unpack_optimizer(session.learner.optimizer, model, tensors["optimizer"], state["optimizer"])
     session.learner.updates = state["updates"]
     session.memory = Memory(state["memory"])
     session.step, session.evaluated = state["step"], state["evaluated"]
@@ -111,14 +116,16 @@ def _same_settings(old: dict[str, Any], session: Session, path: Path) -> None:
 
 def save_state(session: Session, log: RunLog) -> Path:
     """A checkpoint of the last completed step."""
-    packed, optimizer = pack_optimizer(session.learner.optimizer, session.learner.model)
+    model = session.learner.model
+    packed, optimizer = pack_optimizer(session.learner.optimizer, model)
     generators, rng = rng_state()
     return save_checkpoint(
         session.run.directory / CHECKPOINTS,
         session.step,
-        {"model": model_tensors(session.learner.model), "optimizer": packed, "rng": generators},
+        {"model": model_tensors(model, adapter_names(model)), "optimizer": packed, "rng": generators},
         {
             "run": session.resolved,
+            "base": _base(session) if has_adapter(model) else None,
             "step": session.step,
             "evaluated": session.evaluated,
             "updates": session.learner.updates,
@@ -146,20 +153,41 @@ def load_run_model(directory: Path) -> tuple[LoadedModel, dict[str, Any]]:
 
 
 def checkpoint_model(directory: Path, found: Checkpoint) -> LoadedModel:
-    """The model of one of a run's checkpoints, on the CPU.
+    """The model of one of a run's checkpoints, on the CPU; of a run with an adapter base and adapter.
 
     Raises:
-        UserError: the run's ``model/`` cannot be read.
+        UserError: the run's ``model/`` cannot be read, or the base of its adapter is gone or another one.
     """
+    run = validate(found.state["run"], str(found.path))
+    if run.lora.rank:
+        loaded = _with_adapter(directory, run, found)
+    else:
+        loaded = load_skeleton(directory / MODEL, run.model.dtype, run.model.trust_remote_code)
+        load_model_tensors(loaded.model, found.tensors["model"])
+    return LoadedModel(model=loaded.model.eval(), tokenizer=loaded.tokenizer, name=str(directory))
+
+
+def _with_adapter(directory: Path, run: Run, found: Checkpoint) -> LoadedModel:
+    base = found.state["base"]
+    model = run.model.model_copy(update={"name": base["name"]})
     try:
-        # In the dtype of the run from the start: casting afterwards would round the rotary tables, too.
-        dtype = next(iter(found.tensors["model"].values())).dtype
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory / MODEL), dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(directory / MODEL)
-    except Exception as error:  # damaged tokenizer files raise anything at all
-        raise UserError(f"{directory / MODEL}: cannot be loaded: {reason(error)}") from error
-    load_model_tensors(model, found.tensors["model"])
-    return LoadedModel(model=model.eval(), tokenizer=tokenizer, name=str(directory))
+        loaded = load_base(model, run.lora, seed=run.seed, device="cpu")
+    except UserError as error:
+        raise UserError(f"{directory}: its base model cannot be loaded: {error}") from error
+    _same_base(loaded.model, base, found.path)
+    load_model_tensors(loaded.model, found.tensors["model"], adapter_names(loaded.model))
+    read_generation_config(loaded.model, directory / MODEL)  # the run's end of turn is in it
+    return loaded
+
+
+def _base(session: Session) -> dict[str, str]:
+    """What an adapter's checkpoint has to say of the weights that it does not hold."""
+    return {"name": base_name(session.run.model.name), "fingerprint": fingerprint(session.learner.model)}
+
+
+def _same_base(model: PreTrainedModel, base: dict[str, str] | None, path: Path) -> None:
+    if base is not None and base["fingerprint"] != fingerprint(model):
+        raise UserError(f"{path}: {base['name']} has other weights now than those that its adapter was trained on")
 
 
 def sample_records(forest: Forest, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from mulligan.config import ModelSection, OptimizerSection, Run, flatten, resolve, with_defaults
+from mulligan.config import Run, flatten, resolve, with_defaults
 from mulligan.contract import check_schedule
 from mulligan.errors import UserError
-from mulligan.learner.scoring import number_of_loops
-from mulligan.learner.update import Learner, Plan, frozen_models
+from mulligan.learner.optimizer import build_optimizer, learning_rate, optimizer_settings
+from mulligan.learner.scoring import is_looped, number_of_loops
+from mulligan.learner.update import Learner, Plan
 from mulligan.memory import Memory
 from mulligan.methods import build_schedule
-from mulligan.models.loading import LoadedModel, context_length, load_model
+from mulligan.models.chat import open_chat
+from mulligan.models.loading import LoadedModel, context_length
+from mulligan.policy import choose_dtype, frozen_of, load_policy
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.schedule import Schedule
 from mulligan.seeds import seed_of
@@ -49,19 +50,6 @@ class Session:
     evaluated: int = -1  # the last step that was evaluated
 
 
-def learning_rate(settings: OptimizerSection, steps: int) -> Any:
-    """The rate as a function of the optimizer step (from 0)."""
-    total = steps * settings.epochs * settings.updates_per_batch
-
-    def rate(update: int) -> float:
-        share = min(update / max(total, 1), 1.0)
-        down = {"constant": 1.0, "linear": 1 - 0.9 * share, "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * share))}
-        up = min((update + 1) / settings.warm_up, 1.0) if settings.warm_up else 1.0
-        return settings.learning_rate * up * down[settings.decay]
-
-    return rate
-
-
 def seed_everything(seed: int) -> None:
     """Seeds the global generators. Mulligan draws from none of them; a user's task or method may."""
     torch.manual_seed(seed_of(seed, "torch"))
@@ -76,25 +64,14 @@ def longest_prompt(task: Task, texts: Texts, limits: Mapping[str, int | None]) -
         limits: how many problems of each split are ever read; None: all. Of a split without an end 8 are looked
             at. Only the longest texts are tokenised, since a data set may be large.
     """
-    problems = []
+    prompts: list[tuple[str, Problem]] = []
     for split, limit in limits.items():
-        size = task.size(split)
-        end = 8 if size is None else size if limit is None else min(size, limit)
-        problems += [task.problem(split, index) for index in range(end)]
-    problems.sort(key=lambda problem: len(task.prompt(problem)), reverse=True)
-    return max(((len(texts.prompt(p)), p) for p in problems[:32]), key=lambda found: found[0])
-
-
-def _teacher(name: str, path: str, policy: LoadedModel, settings: ModelSection) -> PreTrainedModel:
-    """A frozen model that a method brings, on the policy's device.
-
-    Raises:
-        UserError: it reads other tokens than the policy.
-    """
-    found = load_model(path, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code)
-    if found.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"{name} ({path}) has another vocabulary than {policy.name}: its log-probs would be of others")
-    return found.model.eval().requires_grad_(False)
+        for part in task.parts():
+            size = part.size(split)
+            end = 8 if size is None else size if limit is None else min(size, limit)
+            prompts += [(part.prompt(p), p) for p in (part.problem(split, index) for index in range(end))]
+    prompts.sort(key=lambda found: len(found[0]), reverse=True)
+    return max(((len(texts.context(text)), p) for text, p in prompts[:32]), key=lambda found: found[0])
 
 
 def prepare(run: Run) -> Session:
@@ -106,13 +83,15 @@ def prepare(run: Run) -> Session:
     built = build_schedule(run.method.name, run.method.settings, flatten(run.model_dump(exclude_unset=True)))
     run, schedule = with_defaults(run, built.run), built.schedule
     task = build_task(run.task.name, run.task.settings)
-    resolved = resolve(run, built.settings, task.settings.model_dump(mode="json"))
+    numbers = optimizer_settings(run.optimizer)
+    run = run.model_copy(update={"model": choose_dtype(run.model, run.lora)})
     seed_everything(run.seed)
-    loaded = load_model(
-        run.model.name, dtype=run.model.dtype, device=run.model.device, trust_remote_code=run.model.trust_remote_code
-    )
-    model = loaded.model.eval()
-    texts = Texts(task, loaded.tokenizer)
+    loaded = load_policy(run)
+    model, chat = loaded.model, open_chat(loaded, run.model)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"chat": "on" if chat else "off"})})
+    resolved = resolve(run, built.settings, task.settings.model_dump(mode="json"))
+    resolved["optimizer"] |= json.loads(json.dumps(numbers))
+    texts = Texts(task, loaded.tokenizer, chat)
     for split in ("train", run.eval.split):
         if task.size(split) == 0:
             raise UserError(f"task '{task.name}' has no problems in its {split} split")
@@ -134,16 +113,10 @@ def prepare(run: Run) -> Session:
         loops=number_of_loops(model),
     )
     s, o = run.sampling, run.optimizer
-    frozen = {
-        name: copy.deepcopy(model).requires_grad_(False) if path is None else _teacher(name, path, loaded, run.model)
-        for name, path in frozen_models(schedule.methods).items()
-    }
     learner = Learner(
         model,
         loaded.tokenizer,
-        torch.optim.AdamW(
-            model.parameters(), lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
-        ),
+        build_optimizer(o, model.parameters()),
         Plan(
             temperature=s.temperature,
             max_new_tokens=s.max_new_tokens,
@@ -154,7 +127,7 @@ def prepare(run: Run) -> Session:
             seed=run.seed,
         ),
         rate=learning_rate(o, run.steps),
-        frozen=frozen,
+        frozen=frozen_of(schedule.methods, loaded, run.model),
     )
 
     def sampler(rows: int) -> EmbeddedSampler:
@@ -165,6 +138,9 @@ def prepare(run: Run) -> Session:
             max_new_tokens=s.max_new_tokens,
             stop=tuple(s.stop),
             max_rows=rows,
+            # The learner scores one loop for all tokens, so the policy that samples reads out that loop too, whatever
+            # threshold the config has.
+            exit_threshold=1.0 if is_looped(model) else None,
         )
 
     return Session(

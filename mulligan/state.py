@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,27 +27,33 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 # --- models ---------------------------------------------------------------------------------------------
 
 
-def model_tensors(model: nn.Module) -> Tensors:
+def model_tensors(model: nn.Module, only: Collection[str] | None = None) -> Tensors:
     """The model's parameters and persistent buffers, as contiguous CPU copies in ``state_dict`` order.
 
     A tensor with several names (tied weights) is given once, under its first name.
 
+    Args:
+        only: names to be taken alone (an adapter's); None is all.
+
     Raises:
         UserError: the ``state_dict`` holds something that is not a tensor.
     """
-    return {name: _copy(tensor) for name, tensor in _own_tensors(model).items()}
+    return {name: _copy(tensor) for name, tensor in _own_tensors(model, only).items()}
 
 
-def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_model_tensors(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], only: Collection[str] | None = None
+) -> None:
     """Copy into the model, in place, what :func:`model_tensors` gave; tied weights stay tied.
 
     Args:
         tensors: on any device; names, shapes and dtypes must be the model's.
+        only: as for :func:`model_tensors`.
 
     Raises:
         UserError: the first missing or unexpected name, or wrong shape or dtype. The model is then untouched.
     """
-    own = _own_tensors(model)
+    own = _own_tensors(model, only)
     _same_names(own, tensors, "the model")
     for name, tensor in own.items():
         given = tensors[name]
@@ -61,14 +67,14 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
             tensor.copy_(tensors[name])
 
 
-def _own_tensors(model: nn.Module) -> Tensors:
+def _own_tensors(model: nn.Module, only: Collection[str] | None) -> Tensors:
     """The live tensors by name, each once."""
     out: Tensors = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():  # keep_vars: tied names give the same object
         if not isinstance(value, torch.Tensor):
             raise UserError(f"'{name}' in the model's state_dict is a {type(value).__name__}, not a tensor")
-        if id(value) not in seen:
+        if id(value) not in seen and (only is None or name in only):
             seen.add(id(value))
             out[name] = value
     return out
@@ -198,8 +204,9 @@ def _names(names: nn.Module | Mapping[nn.Parameter, str]) -> Mapping[nn.Paramete
 
 
 def _device(key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> torch.device:
-    """Where torch wants a state tensor: step counts on the CPU, so that reading them does not wait for the GPU."""
-    on_cpu = key == "step" and not group.get("capturable") and not group.get("fused")
+    """Where torch wants a state tensor: numbers that every step reads (NAdam's product of momenta is one) on the CPU,
+    so that reading them does not wait for the GPU."""
+    on_cpu = key in ("step", "mu_product") and not group.get("capturable") and not group.get("fused")
     return torch.device("cpu") if on_cpu else parameter.device
 
 

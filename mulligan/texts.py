@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
 from mulligan.errors import UserError
+from mulligan.models.chat import Chat, control_tokens, plain
 from mulligan.models.loading import bos_context
 from mulligan.tasks.base import Task
+from mulligan.thoughts import END_OF_THINKING, THINK
 from mulligan.types import Problem, Tokens
 
 
 class Texts:
-    """A task's texts in one tokenizer's tokens."""
+    """A task's texts in one tokenizer's tokens.
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        chat: writes each prompt as a user's turn (``mulligan.models.chat.open_chat``); None: plain text behind BOS.
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> None:
         self.task = task
         self.tokenizer = tokenizer
+        self.chat = chat
         self._bos: Tokens = () if tokenizer.bos_token_id is None else (bos_context(tokenizer),)
+        self._controls = control_tokens(tokenizer)
+        # Where the marks of thinking are special tokens they must outlive decoding: the answer stands behind them.
+        vocabulary = tokenizer.get_vocab()
+        marks = {vocabulary[mark] for mark in (THINK, END_OF_THINKING) if mark in vocabulary}
+        self._hidden = self._controls - marks if marks & self._controls else None
 
     def context(self, text: str) -> Tokens:
-        """A prompt's tokens, behind BOS where the tokenizer has one."""
-        return (*self._bos, *self.tokenizer.encode(text, add_special_tokens=False))
+        """A prompt's tokens: one user's turn, or plain text behind BOS where the tokenizer has one.
+
+        Special tokens that are spelled out in the text stay text.
+        """
+        if self.chat is not None:
+            return self.chat.context(text)
+        return (*self._bos, *plain(self.tokenizer, text, self._controls))
+
+    def of(self, problem: Problem) -> Texts:
+        """These texts in the words of the problem's own task, which knows the steps of a response to it."""
+        task = self.task.of(problem)
+        if task is self.task:
+            return self
+        own = copy(self)
+        own.task = task
+        return own
 
     def prompt(self, problem: Problem) -> Tokens:
         """The plain prompt."""
@@ -52,8 +79,16 @@ class Texts:
         return (self.tokenizer.get_vocab()[token],)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a response, special tokens left out."""
+        """The text of a response, special tokens left out; thinking stays."""
+        if self._hidden is not None:
+            shown = [t for t in tokens if t not in self._hidden]
+            return str(self.tokenizer.decode(shown, skip_special_tokens=False))
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def to_grade(self, response: str) -> str:
+        """A response as a task is to read it: where the chat template has opened the thinking already, with that mark,
+        so that thoughts without an end are not taken for an answer (``mulligan.thoughts.after_thinking``)."""
+        return THINK + response if self.chat is not None and self.chat.opens_thinking else response
 
     def step_ends(self, tokens: Tokens) -> list[int]:
         """For each step of a response the index just behind its last token."""

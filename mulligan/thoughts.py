@@ -1,4 +1,4 @@
-"""Thoughts of an English response by kind: what reflects, what changes the approach.
+"""What a response thinks: where its thinking ends, and its thoughts by kind, in English.
 
 The taxonomy is SEAL's (arXiv 2504.07986); "From P(y|x) to P(y)" (arXiv 2604.14142) reports its effect as such counts,
 relative to the base model. It is a count of phrases, not of thinking: compare models on the same problems by it, and
@@ -10,11 +10,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+THINK, END_OF_THINKING = "<think>", "</think>"  # as most published chat templates have it
 REFLECTION_START = "wait"
 REFLECTION = re.compile(r"verify|make sure|hold on|think again|'s correct|'s incorrect|let me check|seems right")
 TRANSITION_START = "alternatively"
 TRANSITION = re.compile(r"think differently|another (?:way|approach|method|solution|strategy|technique)")
 _BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+def after_thinking(response: str) -> str:
+    r"""What stands behind a response's thinking: nothing where that has not ended, everything where there is none.
+
+    >>> after_thinking(r"<think>\boxed{1}? No.</think>It is \boxed{2}.")
+    'It is \\boxed{2}.'
+    >>> after_thinking(r"<think>\boxed{1}? No.")
+    ''
+    """
+    _, ended, final = response.rpartition(END_OF_THINKING)
+    return final if ended or THINK not in final else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def train(session: Session, reporter: Reporter, *, resume: bool = False) -> None
                     save_state(session, log)
                     saved = (session.step, session.evaluated)
                     stopper.unshield()
+                    log.confirm()
                 if done:
                     return
                 one_step(session, log, reporter, stopper)
@@ -170,8 +171,9 @@ def _evaluate(session: Session, log: RunLog, reporter: Reporter, stopper: Stoppe
     )
     numbers = found.numbers()
     clock.lap("time/evaluate")
+    data = {f"data/left_out/{why}": n for why, n in session.task.left_out().items()} if session.step == 0 else {}
     stopper.shield()
-    log.metrics({"step": session.step, **{f"eval/{k}": v for k, v in numbers.items()}, **clock.times})
+    log.metrics({"step": session.step, **data, **{f"eval/{k}": v for k, v in numbers.items()}, **clock.times})
     session.evaluated = session.step
     reporter.evaluated(session.step, found, numbers)
     stopper.unshield()

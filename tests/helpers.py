@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from mulligan.learner.update import Learner, Plan
 from mulligan.models.looped import LoopedConfig, LoopedForCausalLM
 from mulligan.models.tokenizer import pico_tokenizer
+from mulligan.rollout import Grader
 from mulligan.tasks.chain import Chain, ChainSettings
 from mulligan.texts import Texts
 from mulligan.types import FRESH, Forest, Grade, Problem, Request, Row, Sample, Tree, Verdict
@@ -162,6 +163,6 @@ def assert_near(left: Weights, right: Weights, relative: float = 1e-9, *, may_va
     assert float((flat(left) - flat(right)).norm()) <= relative * size
 
 
-def each(verify: Callable[[Problem, str], Grade]) -> Callable[[Problem, Sequence[str]], list[Grade]]:
+def each(verify: Callable[[Problem, str], Grade]) -> Grader:
     """A word on one response as a word on several, which is what a rollout wants."""
-    return lambda problem, responses: [verify(problem, response) for response in responses]
+    return lambda problem, responses, tokens: [verify(problem, response) for response in responses]

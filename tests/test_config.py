@@ -13,6 +13,7 @@ from mulligan.config import Run, differences, flatten, load_run, read_toml, reso
 from mulligan.errors import UserError
 from mulligan.methods import PRESETS, build_schedule
 from mulligan.tasks import TASKS, build_task
+from mulligan.tasks.base import GeneratedTask
 
 SECTIONS = {name: f.annotation for name, f in Run.model_fields.items() if hasattr(f.annotation, "model_fields")}
 KEYS = [(s, k) for s, model in SECTIONS.items() for k in model.model_fields]
@@ -124,6 +125,9 @@ def wrong_values(kind: Any) -> list[Any]:
         list[str]: ["a", [1], [True]],
         str | None: [3, True],
         int | None: ["many", "5", True, 1.5, [1]],
+        float | None: ["much", "1.5", True, [1.0], float("nan"), float("inf")],
+        bool | None: [1, 0, "yes", "true"],
+        dict[str, Any]: [1, "momentum=0.9", [0.9], True],
     }.get(kind, [3, "a", [0.9], [0.9, 1.0], [0.9, -0.1], [0.9, 0.9, 0.9], [True, 0.9], ["0.9", 0.9]])  # betas
 
 
@@ -197,7 +201,11 @@ def resolved(run: Run) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("task", [t for t in TASKS if t != "jsonl"])
+# Those that need neither data nor a name of what they bridge to.
+OWN = [name for name, kind in TASKS.items() if issubclass(kind, GeneratedTask) and name != "reasoning-gym"]
+
+
+@pytest.mark.parametrize("task", OWN)
 @pytest.mark.parametrize(
     "method", [*PRESETS, "srpo+rltt", "dsrl(lte, steps=3)+rltt", "reinforce+++rltt(weighting=uniform)"]
 )

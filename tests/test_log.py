@@ -1,12 +1,8 @@
 import errno
-import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-from mulligan import log as log_module
 from mulligan.errors import UserError
 from mulligan.log import RunLog, read_metrics
 
@@ -142,50 +138,102 @@ def test_reading_passes_over_a_half_line_but_no_other(tmp_path):
         read_metrics(tmp_path / "absent")
 
 
-# --- TensorBoard ----------------------------------------------------------------------------------------
+# --- loggers --------------------------------------------------------------------------------------------
 
 
-def test_without_the_package_the_extra_is_named_and_nothing_is_made(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match=r"pip install 'mulligan\[tensorboard\]'"):
-        RunLog(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
+class Told:
+    """A logger that writes down how it is called, and fails when it is told to."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.said: list[tuple] = []
+
+    def _say(self, name: str, *args: object) -> None:
+        if name in self.failing.split():
+            raise ConnectionError(f"no {name} today\nand more")
+        self.said.append((name, *args))
+
+    def start(self, run, directory, kept):
+        self._say("start", dict(run), directory.name, None if kept is None else [record["step"] for record in kept])
+
+    def metrics(self, record):
+        self._say("metrics", record["step"])
+
+    def flush(self):
+        self._say("flush")
+
+    def close(self, failed):
+        self._say("close", failed)
 
 
-class FakeBoard:
-    """What the log says to TensorBoard."""
-
-    said: list = []  # noqa: RUF012 - emptied by the test
-
-    def __init__(self, directory: str, purge_step: int | None) -> None:
-        self.said.append((Path(directory).name, purge_step))
-
-    def add_scalar(self, *args: object) -> None:
-        self.said.append(args)
-
-    def flush(self) -> None:
-        pass
-
-    close = flush
-
-
-def test_tensorboard_gets_the_numbers_and_forgets_the_steps_that_come_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_module, "_summary_writer", lambda: FakeBoard)
-    FakeBoard.said.clear()
-    with RunLog(tmp_path, tensorboard=True) as log:
-        log.metrics({"step": 0, "reward": 0.5, "method": "grpo"})
+def test_loggers_are_told_what_the_file_has_and_where_a_resumed_run_begins(tmp_path):
+    first, second, third = Told(), Told(), Told()
+    with RunLog(tmp_path / "run", loggers={"a": first}, run={"seed": 3}) as log:
+        log.metrics({"step": 0})
+        log.metrics({"step": 4})
         offsets = log.flush()
-        log.metrics({"step": 1, "reward": 0.25})
-    with RunLog(tmp_path, offsets=offsets, tensorboard=True):
+        log.metrics({"step": 5})
+        log.confirm()
+    with pytest.raises(KeyError), RunLog(tmp_path / "run", offsets=offsets, loggers={"a": second}):
+        raise KeyError
+    with RunLog(tmp_path / "run", offsets=NEW, loggers={"a": third}) as log:
+        log.close()
+    began = ("start", {"seed": 3}, "run", None)
+    assert first.said == [began, ("metrics", 0), ("metrics", 4), ("flush",), ("metrics", 5), ("close", False)]
+    assert second.said == [("start", {}, "run", [0, 4]), ("close", True)]  # step 5 comes again
+    assert third.said == [("start", {}, "run", []), ("close", False)]
+
+
+def test_a_logger_that_cannot_start_stops_the_run_before_anything_is_cut(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.metrics({"step": 1})
+    good = Told()
+    with pytest.raises(UserError, match=r"^log\.to: bad cannot start: ConnectionError: no start today$"):
+        RunLog(tmp_path, offsets=NEW, loggers={"good": good, "bad": Told("start")})
+    assert good.said[-1] == ("close", True)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_what_a_logger_did_not_take_is_offered_again_in_order(tmp_path):
+    told = Told("metrics")
+    with RunLog(tmp_path, loggers={"mine": told}) as log:
+        log.metrics({"step": 1})
+        log.metrics({"step": 2})
+        told.failing = ""
+        log.metrics({"step": 3})
+        log.flush()
+        log.confirm()
+    assert [step for _, step in told.said[1:4]] == [1, 2, 3]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_logger_that_stays_broken_stops_the_run_behind_a_checkpoint_and_not_before(tmp_path):
+    told, other = Told("metrics"), Told()
+    with pytest.raises(UserError) as caught, RunLog(tmp_path, loggers={"mine": told, "other": other}) as log:
+        log.metrics({"step": 1})
+        log.metrics({"step": 2})
+        log.flush()
+        log.confirm()
+    assert str(caught.value) == (
+        "log.to: mine fails (ConnectionError: no metrics today; 2 records waiting): this step is saved and "
+        "metrics.jsonl has all numbers; --resume goes on, with another log.to if need be"
+    )
+    assert [say[0] for say in other.said] == ["start", "metrics", "metrics", "flush", "close"]
+    told = Told("flush")
+    with RunLog(tmp_path / "flush", loggers={"mine": told}) as log:
+        log.flush()
+        with pytest.raises(UserError, match=r"mine fails \(ConnectionError: no flush today; 0 records waiting\)"):
+            log.confirm()
+        told.failing = ""
+        log.flush()
+        log.confirm()
+
+
+def test_an_end_that_fails_is_told_unless_an_error_is_on_its_way(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"mine fails at the end \(ConnectionError: no close today\)"),
+        RunLog(tmp_path, loggers={"mine": Told("close")}),
+    ):
         pass
-    with RunLog(tmp_path / "other", offsets=NEW, tensorboard=True):
-        pass
-    assert FakeBoard.said == [
-        ("tensorboard", None),
-        ("reward", 0.5, 0),
-        ("reward", 0.25, 1),
-        ("tensorboard", 1),
-        ("tensorboard", 0),
-    ]
-    assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0]
+    with pytest.raises(KeyError), RunLog(tmp_path / "b", loggers={"mine": Told("close")}):
+        raise KeyError

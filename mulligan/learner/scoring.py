@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mulligan.errors import UserError
-from mulligan.learner.packing import Batch
+from mulligan.learner.packing import Batch, Item, pack
 from mulligan.models.loading import output_head
 
 CHUNK = 1 << 23  # logits alive at a time: 32 MiB of float32
@@ -79,29 +79,34 @@ def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., vocabulary] from hidden states [..., d]: float32, or float64 where the model is."""
     logits = output_head(model)(hidden)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scale
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Holds the scorer's logits against the model's own, on a few tokens.
+    """Holds the scorer's log-probs against those of the model's own logits, on a few tokens.
 
     Raises:
-        UserError: they differ: the model does more behind its last hidden state than the scorer knows (some
-            scale their logits), and every log-prob would be another than the sampler's.
+        UserError: they differ: the model does more before its trunk or behind its last hidden state than the scorer
+            knows, and every log-prob would be another than the sampler's.
     """
-    hidden: list[torch.Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state))
     # Several ids, because the embedding of one (padding) may be zero, and so its logits.
-    ids = torch.arange(8, device=model.device)[None] % output_head(model).weight.shape[0]
-    try:
-        theirs = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
-    ours = head_logits(model, hidden[-1])
-    near = 1e-3 * float(ours.abs().nan_to_num().max())
-    if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=near, equal_nan=True):
+    ids = [i % output_head(model).weight.shape[0] for i in range(9)]
+    batch = pack([Item(tuple(ids[:1]), tuple(ids[1:]), torch.ones(8, dtype=torch.bool), 1.0)], ids[0], model.device)
+    ours = score(model, batch).logprobs[-1]
+    # The scorer reads the last loop, whatever threshold the config has; the run's sampler does so too.
+    fixed = {"exit_threshold": 1.0} if is_looped(model) else {}
+    logits = model(input_ids=batch.tokens, use_cache=False, **fixed).logits[0, :-1].to(ours.dtype)
+    theirs = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    # The model may cap and scale in its own dtype, where the scorer is in float32.
+    near = max(4 * torch.finfo(model.dtype).eps, 1e-5) * max(1.0, float(logits.abs().nan_to_num().max()))
+    if not torch.allclose(ours, theirs, rtol=0.0, atol=near, equal_nan=True):
         raise UserError(f"{model.config.model_type}: its logits are more than its head on its last hidden state")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from mulligan.errors import ContractError, UserError
 from mulligan.learner.packing import Batch, Item, micro_batches, pack
 from mulligan.learner.scoring import check_head, number_of_loops, score
 from mulligan.method import Method, Term
+from mulligan.models.adapters import adapter_off, has_adapter
 from mulligan.models.loading import pad_id
 from mulligan.objective import REFERENCE, START, TokenView
 from mulligan.seeds import rng_of
@@ -34,7 +36,10 @@ class Plan:
 
 
 class Learner:
-    """Owns the policy, its optimizer and the frozen models that terms read, ``reference`` among them."""
+    """Owns the policy, its optimizer and the frozen models that terms read, ``reference`` among them.
+
+    Of a policy with an adapter the reference is the policy with the adapter off, unless ``frozen`` has another.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class Learner:
         self.frozen = dict(frozen or {})
         self.pad = pad_id(tokenizer)
         check_head(model)
+        turn_dropout_off(model)
         self.updates = 0  # optimizer steps so far
         self.guard: Callable[[], None] = lambda: None  # called right before weights change
 
@@ -73,16 +79,16 @@ class Learner:
                 for row in rows:
                     row.streams[stream.name] = behavior_logprobs(row)
                 continue
-            model = self._model_of(stream)
             items = [
                 self._item(row, build(row, stream.context), torch.ones(len(row.tokens), dtype=torch.bool))
                 for row in rows
             ]
-            for indices in micro_batches([len(i) for i in items], self.plan.tokens_per_micro_batch):
-                batch = pack([items[i] for i in indices], self.pad, self.device)
-                values = self._quantity(model, batch, stream)
-                for k, index in enumerate(indices):
-                    rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
+            with self._model_of(stream) as model:
+                for indices in micro_batches([len(i) for i in items], self.plan.tokens_per_micro_batch):
+                    batch = pack([items[i] for i in indices], self.pad, self.device)
+                    values = self._quantity(model, batch, stream)
+                    for k, index in enumerate(indices):
+                        rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
 
     def score_samples(
         self, samples: Sequence[Sample], stream: Stream, context: Tokens | None = None
@@ -116,12 +122,17 @@ class Learner:
             return out.entropy
         return out.logprobs[0]
 
-    def _model_of(self, stream: Stream) -> PreTrainedModel:
+    @contextmanager
+    def _model_of(self, stream: Stream) -> Iterator[PreTrainedModel]:
         if stream.model in ("policy", "start"):
-            return self.model
-        if stream.model not in self.frozen:
+            yield self.model
+        elif stream.model in self.frozen:
+            yield self.frozen[stream.model]
+        elif stream.model == REFERENCE.model and has_adapter(self.model):
+            with adapter_off(self.model) as base:
+                yield base
+        else:
             raise ContractError(f"stream '{stream.name}' needs a frozen {stream.model}, and the learner has none")
-        return self.frozen[stream.model]
 
     def _item(self, row: Row, context: tuple[int, ...], wanted: torch.Tensor) -> Item:
         temperature = row.sample.request.temperature
@@ -247,16 +258,27 @@ class Learner:
     # ---- state ---------------------------------------------------------------------------------
 
     def snapshot(self) -> Callable[[], None]:
-        """Copies weights and optimizer; the function returned puts them back."""
-        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        """Copies weights (those that are trained) and optimizer; the function returned puts them back."""
+        fixed = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        weights = {k: v.detach().clone() for k, v in self.model.state_dict().items() if k not in fixed}
         optimizer, updates = copy.deepcopy(self.optimizer.state_dict()), self.updates
 
         def restore() -> None:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(weights, strict=not fixed)
             self.optimizer.load_state_dict(optimizer)
             self.updates = updates
 
         return restore
+
+
+def turn_dropout_off(model: torch.nn.Module) -> None:
+    """Sets every dropout to 0: the learner's log-probs have to be those of the policy that sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key, value in vars(module).items():  # attention takes its own as a number
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 def behavior_logprobs(row: Row) -> torch.Tensor:

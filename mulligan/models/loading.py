@@ -11,14 +11,24 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from mulligan.errors import UserError, nearest
+from mulligan.models.looped import LoopedForCausalLM
 
 SHIPPED = {"pico": "pico", "pico-qwen3": "pico_qwen3"}  # model name -> folder beside this file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
+GENERATION = "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -50,7 +60,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is not known{nearest(dtype, DTYPES)}")
-    where = _device(device)
+    where = choose_device(device)
     source = _locate(name_or_path)
     if isinstance(source, Path):
         _check_directory(source, trust_remote_code)
@@ -70,6 +80,44 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     with _quiet():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def save_skeleton(loaded: LoadedModel, directory: str | Path) -> None:
+    """Write all of a model but its weights: what :func:`load_skeleton` reads. Raises whatever goes wrong."""
+    folder, model = Path(directory), loaded.model
+    model.config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    if model.generation_config is not None:
+        # Not save_pretrained, which refuses what some published models have.
+        model.generation_config.to_json_file(folder / GENERATION)
+    if getattr(model, "_auto_class", None) is not None:  # a checkpoint's own code
+        custom_object_save(model, folder, config=cast(Any, model.config))
+
+
+def load_skeleton(directory: str | Path, dtype: str, trust_remote_code: bool = False) -> LoadedModel:
+    """The model that :func:`save_skeleton` wrote, on the CPU, with random weights.
+
+    Args:
+        dtype: of the weights; from the start, since casting afterwards would round the rotary tables, too.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            read_generation_config(model, directory)
+    except Exception as error:  # damaged tokenizer files raise anything at all
+        raise UserError(f"{directory}: cannot be loaded: {_line(error)}") from error
+    return LoadedModel(model.eval(), tokenizer, str(directory))
+
+
+def read_generation_config(model: PreTrainedModel, directory: str | Path) -> None:
+    """Give a model the generation config of a directory, where there is one: it names the ids that end a response."""
+    if (Path(directory) / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -115,7 +163,8 @@ def output_head(model: PreTrainedModel) -> torch.nn.Linear:
     return cast(torch.nn.Linear, model.get_output_embeddings())
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The torch device of a name; "auto" is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -215,6 +264,10 @@ def _load_weights(source: str, dtype: torch.dtype, trust_remote_code: bool) -> P
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{source}: the checkpoint lacks {missing[0]} ({len(missing)} weights are missing)")
+    # Other architectures come with weights that a causal LM rightly leaves out (a value head, further predictors).
+    if info["unexpected_keys"] and isinstance(model, LoopedForCausalLM):
+        extra = sorted(info["unexpected_keys"])
+        raise UserError(f"{source}: a looped model has no {extra[0]} ({len(extra)} weights would be left out)")
     return model
 
 

@@ -5,7 +5,8 @@ its output feeds three readers: the next loop, the exit gate and the LM head. So
 next-token distribution P^(t) of its own, and the gate gives the probability of stopping after it.
 
 Parameter names and config keys are those of the published checkpoints (``model_type`` "ouro"), so
-they load without remote code. Shapes: B sequences, T tokens, width d, L loops.
+they load without remote code, and what is saved can be read by whatever reads those. Shapes: B
+sequences, T tokens, width d, L loops.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from transformers.utils.generic import ModelOutput
 
 from mulligan.errors import UserError
 
+_PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
+
 
 class LoopedConfig(PreTrainedConfig):
     """Sizes of a looped model; the keys of a published ``config.json``.
@@ -46,14 +49,18 @@ class LoopedConfig(PreTrainedConfig):
         num_key_value_heads: key and value heads, a divisor of the query heads; None: as many.
         head_dim: None: ``hidden_size / num_attention_heads``.
         total_ut_steps: L, the loops that are run unless a call says otherwise.
-        early_exit_threshold: 1.0 never exits early; anything below is refused when the model runs.
+        early_exit_threshold: q in [0, 1]: outside of training, a token's logits are those of the first loop
+            after which the model stops with a probability of at least q. 1.0 (or None): of the last loop.
         rope_parameters: ``{"rope_type": "default", "rope_theta": ...}``; an older ``rope_theta`` key
             is read too.
         initializer_range: standard deviation of fresh weights; None: ``1/sqrt(fan_in)`` for the
             projections, which suits narrow models and is 0.022 at d = 2048, and 1 for untied embeddings.
 
+    An ``auto_map`` to a checkpoint's own code is dropped: nothing here runs it, and a copy of the config
+    in another directory would point at files that are not there.
+
     Raises:
-        UserError: sizes that do not fit, or a rotary embedding other than the default.
+        UserError: sizes that do not fit, or a setting whose meaning is not implemented.
     """
 
     model_type = "ouro"
@@ -69,7 +76,7 @@ class LoopedConfig(PreTrainedConfig):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         total_ut_steps: int = 4,
-        early_exit_threshold: float = 1.0,
+        early_exit_threshold: float | None = 1.0,
         hidden_act: str = "silu",
         max_position_embeddings: int = 65536,
         initializer_range: float | None = None,
@@ -91,7 +98,7 @@ class LoopedConfig(PreTrainedConfig):
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.total_ut_steps = total_ut_steps
-        self.early_exit_threshold = early_exit_threshold
+        self.early_exit_threshold = _checked_threshold("early_exit_threshold", early_exit_threshold)
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
@@ -104,6 +111,7 @@ class LoopedConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         self.rope_parameters = rope_parameters
         kwargs.setdefault("rope_theta", 1e6)  # only read where rope_parameters does not say
+        kwargs.pop("auto_map", None)
         self._check_sizes()  # before transformers' own checks, whose messages have several lines
         super().__init__(**kwargs)
         self._check_kinds()  # after the older keys in kwargs were translated
@@ -123,10 +131,21 @@ class LoopedConfig(PreTrainedConfig):
         kind = (self.rope_parameters or {}).get("rope_type", "default")
         if kind != "default":
             raise UserError(f"looped model: rope_type '{kind}' is not supported (only 'default')")
-        unsupported = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
-        for key, right in unsupported.items():
+        # early_exit_step is the published code's way to read out one loop of all that it runs.
+        only = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False, "early_exit_step": None}
+        for key, right in only.items():
             if getattr(self, key, right) != right:
                 raise UserError(f"looped model: {key} must be {right!r}, not {getattr(self, key)!r}")
+        others = {kind for kind in getattr(self, "layer_types", None) or () if kind != "full_attention"}
+        if others:
+            raise UserError(f"looped model: layer_types must all be 'full_attention', not '{min(others)}'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with the published names of the architectures, by which other programs know them."""
+        out = super().to_dict()
+        if out.get("architectures"):
+            out["architectures"] = [_PUBLISHED_NAMES.get(name, name) for name in out["architectures"]]
+        return out
 
 
 @dataclass
@@ -134,12 +153,14 @@ class LoopedModelOutput(ModelOutput):
     """What :class:`LoopedModel` returns.
 
     Attributes:
-        last_hidden_state: [B, T, d], after the last loop that was run and the final norm.
+        last_hidden_state: [B, T, d], after the final norm of the last loop that was run; of each
+            token's exit loop with an ``exit_threshold`` below 1.
         past_key_values: the cache, or None.
         hidden_states: with ``output_hidden_states``: the embeddings, then each loop's output.
         loop_hidden_states: with ``output_loops``: one [B, T, d] a loop, each after the final norm.
         exit_probabilities: with ``output_loops``: [B, T, loops], float32 or wider; the probability
             of stopping after each loop, the last one taking the rest. Sums to 1.
+        exit_loops: with an ``exit_threshold`` below 1: int64 [B, T], the loop that is read out, from 1.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -147,6 +168,7 @@ class LoopedModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     loop_hidden_states: tuple[torch.Tensor, ...] | None = None
     exit_probabilities: torch.Tensor | None = None
+    exit_loops: torch.Tensor | None = None
 
 
 @dataclass
@@ -154,8 +176,8 @@ class LoopedCausalLMOutput(ModelOutput):
     """What :class:`LoopedForCausalLM` returns: :class:`LoopedModelOutput`'s fields, and:
 
     Attributes:
-        loss: mean cross-entropy of the last loop in nats, when labels were given.
-        logits: [B, kept, vocabulary], of the last loop that was run.
+        loss: mean cross-entropy of the logits in nats, when labels were given.
+        logits: [B, kept, vocabulary], the head on ``last_hidden_state``.
     """
 
     loss: torch.Tensor | None = None
@@ -165,6 +187,7 @@ class LoopedCausalLMOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     loop_hidden_states: tuple[torch.Tensor, ...] | None = None
     exit_probabilities: torch.Tensor | None = None
+    exit_loops: torch.Tensor | None = None
 
 
 def exit_distribution(gates: torch.Tensor) -> torch.Tensor:
@@ -179,6 +202,33 @@ def exit_distribution(gates: torch.Tensor) -> torch.Tensor:
     stay = F.pad(F.logsigmoid(-gates).cumsum(-1), (1, 0))  # log prod_{j<t} (1 - s(g_j)), t = 1..L
     stop = F.pad(F.logsigmoid(gates), (0, 1))  # the last loop always stops
     return (stay + stop).exp()
+
+
+def exit_loops(gates: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The first loop whose cumulative exit probability reaches the threshold, else the last.
+
+    Args:
+        gates: [..., L-1], logits of stopping after each loop but the last; float32 or wider.
+        threshold: q in [0, 1]; 1 is the last loop whatever the gates say, also where a probability rounds to 1.
+
+    Returns:
+        int64 [...], from 1 to L.
+    """
+    if threshold >= 1.0:
+        return torch.full(gates.shape[:-1], gates.shape[-1] + 1, device=gates.device)
+    # CDF_t = 1 - prod_{j<=t} (1 - s(g_j)). The product is compared, because near 1 a CDF has few digits; and it is a
+    # product, not a sum of logarithms, so that round numbers stay round: (1/2)(1/2) reaches 0.75 exactly.
+    stay = torch.sigmoid(-gates).cumprod(-1)
+    return 1 + (stay > 1.0 - threshold).sum(-1)
+
+
+def _checked_threshold(who: str, threshold: float | None) -> float:
+    """An exit threshold; None is 1.0, the last loop."""
+    if threshold is None:
+        return 1.0
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.0 <= threshold <= 1.0:
+        raise UserError(f"looped model: {who} must be a number from 0 to 1 (1: the last loop), not {threshold!r}")
+    return float(threshold)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -343,6 +393,7 @@ class LoopedModel(LoopedPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_loops: int | None = None,
+        exit_threshold: float | None = None,
         output_loops: bool = False,
         output_hidden_states: bool | None = None,
     ) -> LoopedModelOutput:
@@ -358,23 +409,23 @@ class LoopedModel(LoopedPreTrainedModel):
             past_key_values: a cache; it grows by T in ``num_loops * N`` slots (slot = loop * N + layer).
             inputs_embeds: [B, T, d], in place of ``input_ids``.
             use_cache: None: only when ``past_key_values`` is given. Ignored under checkpointing.
-            num_loops: how many loops to run; None: the config's ``total_ut_steps``.
+            num_loops: how many loops to run; None: the config's ``total_ut_steps``. More are possible; nothing
+                says that a model is better with more than it was trained with.
+            exit_threshold: q: each token is read out after the first loop whose cumulative exit probability is
+                at least q. All loops run all the same, since later tokens attend to the keys of each of them.
+                None, as 1: the last loop; the config's threshold is the causal model's business.
             output_loops: return every loop's hidden state and the exit probabilities.
             output_hidden_states: return the embeddings and each loop's output.
 
         Raises:
-            UserError: an early exit is asked for, the inputs are missing or doubled, or the cache
-                was filled with fewer loops, cannot grow or is given under activation checkpointing.
+            UserError: a number of loops or a threshold out of range, the inputs are missing or doubled, or the
+                cache was filled with fewer loops, cannot grow or is given under activation checkpointing.
         """
         config = self.config
         loops = config.total_ut_steps if num_loops is None else num_loops
         if loops < 1:
             raise UserError(f"num_loops must be at least 1, not {loops}")
-        if config.early_exit_threshold < 1.0:
-            raise UserError(
-                f"early_exit_threshold = {config.early_exit_threshold}: adaptive exit is not supported yet; "
-                "set it to 1.0 and choose num_loops"
-            )
+        threshold = _checked_threshold("exit_threshold", exit_threshold)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -389,18 +440,23 @@ class LoopedModel(LoopedPreTrainedModel):
             states.append(x)
 
         output = LoopedModelOutput(last_hidden_state=x, past_key_values=cache)
+        if threshold < 1.0:
+            output.exit_loops = exit_loops(self._gates(states), threshold)
+            for loop, state in enumerate(states[:-1], start=1):
+                x = torch.where((output.exit_loops == loop)[..., None], state, x)
+            output.last_hidden_state = x
         if output_hidden_states:
             output.hidden_states = (embeddings, *states)
         if output_loops:
             output.loop_hidden_states = tuple(states)
-            output.exit_probabilities = self._exit_probabilities(states)
+            output.exit_probabilities = exit_distribution(self._gates(states))
         return output
 
-    def _exit_probabilities(self, states: list[torch.Tensor]) -> torch.Tensor:
-        if len(states) == 1:
-            return states[0].new_ones((*states[0].shape[:2], 1), dtype=_wide(states[0]))
-        gates = torch.cat([self.early_exit_gate(h) for h in states[:-1]], dim=-1)
-        return exit_distribution(gates.to(_wide(gates)))
+    def _gates(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """Gate logits [B, T, loops - 1] after each loop but the last, float32 or wider."""
+        none = states[0].new_empty((*states[0].shape[:2], 0))
+        gates = torch.cat([none, *(self.early_exit_gate(h) for h in states[:-1])], dim=-1)
+        return gates.to(_wide(gates))
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None, loops: int) -> Cache | None:
         """The cache to use, with a slot for each layer of each loop."""
@@ -469,7 +525,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
-    """The looped model with its LM head; ``generate`` works, and takes ``num_loops``."""
+    """The looped model with its LM head; ``generate`` works, and takes ``num_loops`` and ``exit_threshold``."""
 
     _tied_weights_keys = {  # noqa: RUF012
         "lm_head.weight": "model.embed_tokens.weight"
@@ -492,21 +548,26 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_loops: int | None = None,
+        exit_threshold: float | None = None,
         output_loops: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: torch.Tensor | None = None,
         **loss_kwargs: Any,
     ) -> LoopedCausalLMOutput:
-        """As :meth:`LoopedModel.forward`, and the logits of the last loop that is run.
+        """As :meth:`LoopedModel.forward`, and the logits of each token's last or exit loop.
 
         Args:
+            exit_threshold: None: the config's ``early_exit_threshold`` in evaluation mode, and 1 in training mode,
+                where every token is read out after the same number of loops.
             labels: int64 [B, T], -100 where ignored; shifted here, as transformers does.
             logits_to_keep: the last n tokens only (0: all), or the indices of the tokens.
             return_dict: accepted for transformers; the output is always a dataclass.
             cache_position: accepted for older releases of transformers; the cache knows its length.
             loss_kwargs: passed on to transformers' causal loss.
         """
+        if exit_threshold is None and not self.training:
+            exit_threshold = self.config.early_exit_threshold
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -515,6 +576,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_loops=num_loops,
+            exit_threshold=exit_threshold,
             output_loops=output_loops,
             output_hidden_states=output_hidden_states,
         )
@@ -533,11 +595,26 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             last_hidden_state=output.last_hidden_state,
             loop_hidden_states=output.loop_hidden_states,
             exit_probabilities=output.exit_probabilities,
+            exit_loops=output.exit_loops,
         )
 
 
+def set_loops(model: PreTrainedModel, loops: int) -> None:
+    """Makes this the number of loops that a model runs unless a call says otherwise; it is saved with the model.
+
+    Raises:
+        UserError: the model has no loops.
+    """
+    if not isinstance(model.config, LoopedConfig):
+        raise UserError(f"model.loops is {loops}, but a {model.config.model_type} model has no loops")
+    model.config.total_ut_steps = loops
+
+
 def register() -> None:
-    """Make transformers' Auto classes know ``model_type`` "ouro"; harmless when called again."""
+    """Make transformers' Auto classes know ``model_type`` "ouro"; harmless when called again.
+
+    A class that is registered goes before one of transformers' own, and before a checkpoint's own code.
+    """
     AutoConfig.register(LoopedConfig.model_type, LoopedConfig, exist_ok=True)
     AutoModel.register(LoopedConfig, LoopedModel, exist_ok=True)
     AutoModelForCausalLM.register(LoopedConfig, LoopedForCausalLM, exist_ok=True)

@@ -80,6 +80,15 @@ class _Outputs:
     logprobs: Tensor  # float32 [rows, steps]; as for tokens
     length: Tensor  # int64 [rows]
     stopped: Tensor  # bool [rows]
+    exits: Tensor  # int64 [rows, steps]; the loop that each token was read out of, 0 without adaptive exit
+
+
+@dataclass(slots=True, eq=False)
+class _Next:
+    """What the next token of each row is drawn from."""
+
+    logits: Tensor  # float32 [rows, vocabulary]
+    loop: Tensor  # int64 [rows]: the loop the logits are read out of, 0 without adaptive exit
 
 
 class EmbeddedSampler:
@@ -97,17 +106,22 @@ class EmbeddedSampler:
         stop: stop strings for requests that name none. They are looked for in the decoded own tokens
             (special tokens included) and stay in the response.
         max_rows: samples decoded at once; a request with more is split over waves.
-        num_loops: passed to the model's forward, for looped models.
+        num_loops: of a looped model: how many loops to run; None: the model's own number.
+        exit_threshold: of a looped model: each token is drawn from the first loop whose cumulative exit
+            probability is at least this; 1 is always the last loop; None: the threshold of the model's config.
+            ``behavior_logprobs`` are those of the loop that was read out.
         context_length: context, prefix and own tokens together at most. None: the config's
             ``max_position_embeddings``, or no limit if it has none.
 
     Attributes:
         stats: totals since construction: ``waves``; ``samples``; ``prefill_tokens`` (distinct prompts,
             without padding); ``decode_tokens`` (own tokens returned); ``decode_rows`` (rows times steps
-            computed, so at least ``decode_tokens - samples``); ``seconds`` (without ``on_done``).
+            computed, so at least ``decode_tokens - samples``); ``exit_loops`` (sum over the own tokens of the
+            loop that each was read out of; 0 where nothing exits early); ``seconds`` (without ``on_done``).
 
     Raises:
-        UserError: a setting that is out of range, or a model that has no key-value cache.
+        UserError: a setting that is out of range, or a model that has no key-value cache, or no loops for
+            ``num_loops`` and ``exit_threshold``.
     """
 
     def __init__(
@@ -120,6 +134,7 @@ class EmbeddedSampler:
         stop: Sequence[str] = (),
         max_rows: int = 256,
         num_loops: int | None = None,
+        exit_threshold: float | None = None,
         context_length: int | None = None,
     ):
         self.model = model
@@ -138,12 +153,19 @@ class EmbeddedSampler:
         if "past_key_values" not in accepted:
             raise UserError(f"{type(model).__name__} takes no past_key_values, so the embedded sampler cannot use it")
         self._takes_positions = "position_ids" in accepted
-        self._extra = {} if num_loops is None else {"num_loops": num_loops}
+        self._extra: dict[str, Any] = {}
+        for name, value in (("num_loops", num_loops), ("exit_threshold", exit_threshold)):
+            if value is not None and name not in accepted:
+                raise UserError(f"the sampler: {name} is {value}, but {type(model).__name__} has no loops")
+            if value is not None:
+                self._extra[name] = value
+        if exit_threshold is not None and not 0 <= exit_threshold <= 1:
+            raise UserError(f"the sampler: exit_threshold is {exit_threshold}, but must be a number from 0 to 1")
         if "logits_to_keep" in accepted:
             self._extra["logits_to_keep"] = 1
         self._eos = torch.tensor(_eos_ids(model, tokenizer), dtype=torch.long, device=model.device)
         self._finders: dict[tuple[str, ...], StopFinder] = {}
-        counters = ("waves", "samples", "prefill_tokens", "decode_tokens", "decode_rows", "seconds")
+        counters = ("waves", "samples", "prefill_tokens", "decode_tokens", "decode_rows", "exit_loops", "seconds")
         self.stats: dict[str, float] = dict.fromkeys(counters, 0)
 
     def run(self, requests: Sequence[Request], on_done: OnDone) -> None:
@@ -208,8 +230,8 @@ class EmbeddedSampler:
         place = {prompt: i for i, prompt in enumerate(prompts)}
         draws = sorted(draws, key=lambda draw: place[draw[0].prompt])
         source = self._tensor([place[order.prompt] for order, _ in draws])
-        logits, cache = self._prefill(prompts, source, room=max(order.limit for order, _ in draws))
-        outputs = self._decode(draws, logits, cache)
+        first, cache = self._prefill(prompts, source, room=max(order.limit for order, _ in draws))
+        outputs = self._decode(draws, first, cache)
         columns = (outputs.tokens, outputs.logprobs, outputs.length, outputs.stopped)
         rows = zip(draws, *(column.tolist() for column in columns), strict=True)
         for (order, attempt), tokens, logprobs, length, stopped in rows:
@@ -221,10 +243,12 @@ class EmbeddedSampler:
                 finish="stop" if stopped else "length",
             )
             self.stats["decode_tokens"] += length
+        own = torch.arange(outputs.exits.shape[1], device=outputs.exits.device) < outputs.length[:, None]
+        self.stats["exit_loops"] += int(outputs.exits[own].sum())
         self.stats["waves"] += 1
         self.stats["samples"] += len(draws)
 
-    def _prefill(self, prompts: list[Tokens], source: Tensor, room: int) -> tuple[Tensor, Cache]:
+    def _prefill(self, prompts: list[Tokens], source: Tensor, room: int) -> tuple[_Next, Cache]:
         """Runs each prompt once and forks the results.
 
         Args:
@@ -233,10 +257,10 @@ class EmbeddedSampler:
             room: how many tokens will follow at most.
 
         Returns:
-            float32 [rows, vocabulary] logits after the prompts, and the cache of the rows, padded on the left.
+            What the rows draw their first tokens from, and their cache, padded on the left.
         """
         parts: list[tuple[Any, Tensor]] = []  # caches, each with the rows to take
-        logits: list[Tensor] = []
+        found: list[_Next] = []
         for start, end in _groups([len(prompt) for prompt in prompts], split=self._grows):
             cache = GrowingCache(room=0) if self._grows else DynamicCache(config=self.model.config)
             width = len(prompts[end - 1])
@@ -246,33 +270,37 @@ class EmbeddedSampler:
             column = torch.arange(width, device=ids.device) - self._tensor(pads)[:, None]
             mask = (column >= 0).long() if pads[0] else None
             rows = source[(source >= start) & (source < end)] - start
-            logits.append(self._forward(ids, column.clamp(min=0), mask, cache).index_select(0, rows))
+            after = self._forward(ids, column.clamp(min=0), mask, cache)
+            found.append(_Next(after.logits.index_select(0, rows), after.loop.index_select(0, rows)))
             parts.append((cache, rows))
             self.stats["prefill_tokens"] += sum(map(len, prompts[start:end]))
+        first = _Next(torch.cat([f.logits for f in found]), torch.cat([f.loop for f in found]))
         if self._grows:
-            return torch.cat(logits), GrowingCache.join(parts, room=min(room, _ROOM))
+            return first, GrowingCache.join(parts, room=min(room, _ROOM))
         ((cache, rows),) = parts
         select_rows(cache, rows)
-        return torch.cat(logits), cache
+        return first, cache
 
-    def _decode(self, draws: list[_Draw], logits: Tensor, cache: Cache) -> _Outputs:
-        """Draws tokens until every row has finished; ``logits`` are those after the prompts."""
+    def _decode(self, draws: list[_Draw], after: _Next, cache: Cache) -> _Outputs:
+        """Draws tokens until every row has finished; ``after`` is what the prompts gave."""
         rows = self._rows(draws)
         steps = max(order.limit for order, _ in draws)
         shape = (len(draws), steps)
         outputs = _Outputs(
             tokens=rows.seed.new_zeros(shape),
-            logprobs=logits.new_zeros(shape),
+            logprobs=after.logits.new_zeros(shape),
             length=torch.zeros_like(rows.seed),
             stopped=torch.zeros_like(rows.finished),
+            exits=rows.seed.new_zeros(shape),
         )
         width = max(len(order.prompt) for order, _ in draws)
         finders = [self._finder(order.stop) for order, _ in draws] if any(order.stop for order, _ in draws) else None
         gone = 0
         for step in range(steps):
-            token, logprob = draw(logits, rows.temperature, uniforms(rows.seed, rows.start + step))
+            token, logprob = draw(after.logits, rows.temperature, uniforms(rows.seed, rows.start + step))
             outputs.tokens[rows.index, step] = token
             outputs.logprobs[rows.index, step] = logprob
+            outputs.exits[rows.index, step] = after.loop
             ended = torch.isin(token, self._eos)
             if finders:
                 ended |= self._at_stop(finders, outputs.tokens, rows, step)
@@ -290,7 +318,7 @@ class EmbeddedSampler:
                 select_rows(cache, index)
                 token, gone = token[index], 0
             mask = None if rows.mask is None else rows.mask[:, : width + step + 1]
-            logits = self._forward(token[:, None], rows.position[:, None], mask, cache)
+            after = self._forward(token[:, None], rows.position[:, None], mask, cache)
             self.stats["decode_rows"] += len(token)
             rows.position += 1
             if self.context_length is not None:
@@ -314,11 +342,12 @@ class EmbeddedSampler:
             mask=None if width == shortest else (columns >= (width - lengths)[:, None]).long(),
         )
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-        """float32 [rows, vocabulary] logits after the last of the tokens ``ids`` [rows, new]."""
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> _Next:
+        """What the model makes of the tokens ``ids`` [rows, new] that come after the cache."""
         extra = self._extra | {"position_ids": positions} if self._takes_positions else self._extra
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-        return output.logits[:, -1].float()
+        loops = getattr(output, "exit_loops", None)
+        return _Next(output.logits[:, -1].float(), ids.new_zeros(len(ids)) if loops is None else loops[:, -1])
 
     def _finder(self, stop: tuple[str, ...]) -> StopFinder | None:
         if stop and stop not in self._finders:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from mulligan.errors import UserError
 from mulligan.seeds import rng_of
-from mulligan.types import Grade, Problem, Verdict
+from mulligan.thoughts import after_thinking
+from mulligan.types import Grade, Problem, Tokens, Verdict
 
 # A problem's identity is hashed to one of 16 buckets and every split owns some of them, so that no
 # problem can stand in two splits, whatever the seeds: disjoint by construction, not by search.
@@ -38,8 +39,8 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
-    has_oracle: ClassVar[bool] = False  # knows the truth of every step
-    english: ClassVar[bool] = False  # responses are English prose, whose thoughts can be counted
+    has_oracle: bool = False  # knows the truth of every step
+    english: bool = False  # responses are English prose, whose thoughts can be counted
 
     def __init__(self, settings: TaskSettings | None = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
@@ -51,6 +52,27 @@ class Task(ABC):
     def size(self, split: str) -> int | None:
         """Number of problems in the split; None when there is no end."""
         return None
+
+    def of(self, problem: Problem) -> Task:
+        """The task that this problem is of: a mixture's part, any other task itself. Whoever reads a response (its
+        steps, its answer) asks the problem's own task."""
+        return self
+
+    def parts(self) -> Sequence[Task]:
+        """The tasks that this one is made of."""
+        return (self,)
+
+    def question(self, problem: Problem) -> str:
+        """The question alone, without instructions: what two tasks would have in common."""
+        return problem.prompt
+
+    def notes(self) -> list[str]:
+        """What the user should know of the data, a line each: rows that were left out, and why."""
+        return []
+
+    def left_out(self) -> dict[str, int]:
+        """How many rows of the data were left out, by reason."""
+        return {}
 
     @abstractmethod
     def solution(self, problem: Problem) -> str:
@@ -100,7 +122,7 @@ class Task(ABC):
 
     def verify(self, problem: Problem, response: str) -> Grade:
         """The verdict, the reward and, where there is an oracle, the truth of the process."""
-        answer = self.extract(response)
+        answer = self.extract(after_thinking(response))
         steps = self.split_steps(response)
         right = answer is not None and self.correct(problem, answer)
         wrong = self.first_wrong_step(problem, steps) if self.has_oracle else None
@@ -115,8 +137,12 @@ class Task(ABC):
             mentions_hint=self.mentions_hint(response),
         )
 
-    def grade(self, problem: Problem, responses: Sequence[str]) -> list[Grade]:
-        """:meth:`verify` on several responses to one problem; a task that can do them side by side says how."""
+    def grade(self, problem: Problem, responses: Sequence[str], tokens: Sequence[Tokens] = ()) -> list[Grade]:
+        """:meth:`verify` on several responses to one problem; a task that can do them side by side says how.
+
+        Args:
+            tokens: of each response, for rewards that read them; empty where nobody has them.
+        """
         return [self.verify(problem, response) for response in responses]
 
 

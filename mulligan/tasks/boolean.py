@@ -35,7 +35,7 @@ class Boolean(GeneratedTask):
     name: ClassVar[str] = "boolean"
     summary: ClassVar[str] = "reduce a boolean expression, one operator a step"
     Settings: ClassVar[type[TaskSettings]] = BooleanSettings
-    has_oracle: ClassVar[bool] = True
+    has_oracle = True
 
     def draw(self, rng: Random, split: str) -> tuple[str, Problem]:
         tree = _random_tree(rng, self.settings.level + 2)

@@ -65,7 +65,7 @@ class Countdown(GeneratedTask):
     name: ClassVar[str] = "countdown"
     summary: ClassVar[str] = "reach a target with + - *, using each number once"
     Settings: ClassVar[type[TaskSettings]] = CountdownSettings
-    has_oracle: ClassVar[bool] = True
+    has_oracle = True
 
     def draw(self, rng: Random, split: str) -> tuple[str, Problem]:
         """Random numbers, and random moves from them to a target: reachable by construction."""

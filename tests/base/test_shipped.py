@@ -11,18 +11,7 @@ from mulligan.models.loading import load_model
 
 def measure(model: str, *, problems: int, probe: str | None = None) -> dict:
     return run_evaluation(
-        model,
-        [],
-        task="chain",
-        split="test",
-        problems=problems,
-        samples=8,
-        temperature=1.0,
-        max_new_tokens="128",
-        seed=0,
-        loops=None,
-        probe=probe,
-        console=Console(stderr=True),
+        model, tasks=["chain"], flags={"problems": problems}, probe=probe, console=Console(stderr=True)
     )
 
 

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mulligan.errors import UserError
@@ -15,6 +17,7 @@ from mulligan.models.looped import (
     LoopedModel,
     LoopedRMSNorm,
     exit_distribution,
+    exit_loops,
     register,
 )
 
@@ -444,6 +447,181 @@ def test_forward_errors():
     model, ids = make(), tokens()
     with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
         model()
-    model.config.early_exit_threshold = 0.9
-    with pytest.raises(UserError, match="adaptive exit is not supported yet"):
+    for wrong in (-0.1, 1.5, math.nan, "0.5", True):
+        with pytest.raises(UserError, match="exit_threshold must be a number from 0 to 1"):
+            model(ids, exit_threshold=wrong)
+    model.config.early_exit_threshold = 2
+    with pytest.raises(UserError, match="exit_threshold must be a number from 0 to 1"):
         model(ids)
+
+
+# --- adaptive exit --------------------------------------------------------------------------------------
+
+
+def gated(probability: float, dtype=torch.float64) -> LoopedForCausalLM:
+    """A model whose gate stops with this probability after every loop but the last, whatever it sees."""
+    model = make(dtype)
+    model.model.early_exit_gate.weight.data.zero_()
+    model.model.early_exit_gate.bias.data.fill_(math.log(probability / (1 - probability)))
+    return model
+
+
+def leaning(seed=0) -> LoopedForCausalLM:
+    """A model whose gate makes tokens exit after different loops."""
+    model = make(seed=seed)
+    model.model.early_exit_gate.weight.data.normal_(0.0, 1.5, generator=torch.Generator().manual_seed(seed))
+    model.model.early_exit_gate.bias.data.zero_()
+    return model
+
+
+def cumulative_exit(p: torch.Tensor, q: float) -> torch.Tensor:
+    """The first loop whose cumulative probability is at least q, token by token, from probabilities [B, T, L]."""
+    return torch.tensor([[[c >= q for c in t.cumsum(0)[:-1]] + [True] for t in row] for row in p]).int().argmax(-1) + 1
+
+
+@pytest.mark.parametrize(
+    ("gate", "threshold", "loop"),
+    [
+        # s = 0.4: after one loop 0.4 have stopped, after two 0.4 + 0.6 * 0.4 = 0.64, and three take the rest.
+        (0.4, 0.0, 1),
+        (0.4, 0.3, 1),
+        (0.4, 0.5, 2),
+        (0.4, 0.63, 2),
+        (0.4, 0.65, 3),
+        (0.4, 0.999, 3),
+        (0.4, 1.0, 3),
+        # s = 0.5: 0.5 and 0.75, both exact in binary, and "at least" includes them.
+        (0.5, 0.5, 1),
+        (0.5, 0.501, 2),
+        (0.5, 0.75, 2),
+        (0.5, 0.751, 3),
+        # A gate that is nearly shut: 1e-6, then 2e-6 - 1e-12.
+        (1e-6, 0.5e-6, 1),
+        (1e-6, 1.5e-6, 2),
+        (1e-6, 3e-6, 3),
+        # One that is nearly open: 0.999, then 1 - 1e-6.
+        (0.999, 0.998, 1),
+        (0.999, 0.9999, 2),
+        (0.999, 0.9999995, 3),
+        (0.999, 1.0, 3),
+    ],
+)
+def test_exit_by_hand(gate, threshold, loop):
+    model, ids = gated(gate), tokens()
+    with torch.no_grad():
+        out = model(ids, exit_threshold=threshold, output_loops=True)
+    if threshold < 1:
+        assert (out.exit_loops == loop).all()
+    else:
+        assert out.exit_loops is None
+    torch.testing.assert_close(out.last_hidden_state, out.loop_hidden_states[loop - 1], atol=0, rtol=0)
+    torch.testing.assert_close(out.logits, model.lm_head(out.loop_hidden_states[loop - 1]), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_threshold_of_one_never_exits_early(dtype):
+    """Also where the probability of the first loop is 1 in every arithmetic: sigmoid(800) = 1."""
+    model, ids = gated(0.5, dtype), tokens()
+    model.model.early_exit_gate.bias.data.fill_(800.0)
+    with torch.no_grad():
+        out = model(ids, output_loops=True)
+        assert (out.exit_probabilities[..., 0] == 1).all()
+        last = model.lm_head(out.loop_hidden_states[-1])
+        for threshold in (None, 1, 1.0):
+            torch.testing.assert_close(model(ids, exit_threshold=threshold).logits, last, atol=0, rtol=0)
+        early = model(ids, exit_threshold=math.nextafter(1, 0))
+        assert (early.exit_loops == 1).all()
+        assert not torch.allclose(early.logits, last, atol=1e-2)
+    assert exit_loops(torch.full((2, 5, 3), 800.0, dtype=dtype), 1.0).tolist() == [[4] * 5] * 2
+
+
+def test_a_threshold_near_one_is_not_rounded():
+    """sigmoid(16.6) = 1 - 6.2e-8 is 1 - 2^-24 in float32; one minus it is compared, which keeps its digits."""
+    gates = torch.tensor([16.6, 25.0])
+    assert exit_loops(gates, 1 - 1e-7).item() == 1
+    assert exit_loops(gates, 1 - 1e-8).item() == 2  # 1 - 6.2e-8 * 1.4e-11
+    assert exit_loops(gates, 1 - 1e-16).item() == 2
+    assert exit_loops(torch.tensor([25.0, -25.0]), 1 - 1e-11).item() == 3  # 1 - 1.4e-11 after one loop and after two
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.35, 0.6, 0.9])
+def test_each_token_has_the_logits_of_its_own_loop(threshold):
+    model, ids = leaning(), tokens(4)
+    with torch.no_grad():
+        out = model(ids, exit_threshold=threshold, output_loops=True)
+    wanted = cumulative_exit(out.exit_probabilities, threshold)
+    assert out.exit_loops.tolist() == wanted.tolist()
+    assert len(wanted.unique()) > 1
+    for row, position in torch.cartesian_prod(torch.arange(4), torch.arange(7)).tolist():
+        state = out.loop_hidden_states[wanted[row, position] - 1][row, position]
+        torch.testing.assert_close(out.logits[row, position], model.lm_head(state), atol=1e-12, rtol=0)
+    kept = model(ids, exit_threshold=threshold, logits_to_keep=2).logits
+    torch.testing.assert_close(kept, out.logits[:, -2:], atol=1e-12, rtol=0)
+
+
+@given(
+    gates=st.lists(st.lists(st.floats(-30, 30), min_size=3, max_size=3), min_size=1, max_size=4),
+    low=st.floats(0, 1),
+    high=st.floats(0, 1),
+)
+def test_a_higher_threshold_never_exits_earlier(gates, low, high):
+    low, high = sorted((low, high))
+    early, late = (exit_loops(torch.tensor(gates), q) for q in (low, high))
+    assert (early <= late).all()
+    assert (early >= 1).all()
+    assert (late <= 4).all()
+    assert (exit_loops(torch.tensor(gates), 0.0) == 1).all()
+
+
+def test_exit_after_the_first_loop_is_one_loop():
+    """Loop 1 attends to the keys of loop 1 alone, so nothing of the later loops can come in, with a cache too."""
+    model, ids = leaning(), tokens()
+    with torch.no_grad():
+        one = model(ids, num_loops=1).logits
+        torch.testing.assert_close(model(ids, exit_threshold=0.0).logits, one, atol=0, rtol=0)
+        cache, pieces = DynamicCache(), ids.split((4, 1, 2), dim=1)
+        parts = [model(piece, past_key_values=cache, exit_threshold=0.0).logits for piece in pieces]
+    torch.testing.assert_close(torch.cat(parts, 1), one, atol=1e-12, rtol=0)
+    assert {cache.get_seq_length(slot) for slot in range(N * L)} == {7}  # all loops ran: their keys are there
+
+
+@pytest.mark.parametrize("loops", [None, 2])
+def test_the_last_loop_that_is_run_takes_the_rest(loops):
+    model, ids = gated(0.4), tokens()
+    with torch.no_grad():
+        out = model(ids, exit_threshold=0.9, num_loops=loops)
+        torch.testing.assert_close(out.logits, model(ids, num_loops=loops).logits, atol=0, rtol=0)
+    assert (out.exit_loops == (loops or L)).all()
+    assert (model(ids, exit_threshold=0.2, num_loops=1).exit_loops == 1).all()
+
+
+def test_the_configs_threshold_holds_in_evaluation_mode_alone():
+    model, ids = gated(0.4), tokens()
+    with torch.no_grad():
+        states = model(ids, output_loops=True).loop_hidden_states
+        model.config.early_exit_threshold = 0.5  # loop 2, see above
+        torch.testing.assert_close(model(ids).logits, model.lm_head(states[1]), atol=0, rtol=0)
+        torch.testing.assert_close(model(ids, exit_threshold=0.3).logits, model.lm_head(states[0]), atol=0, rtol=0)
+        torch.testing.assert_close(model(ids, exit_threshold=1.0).logits, model.lm_head(states[2]), atol=0, rtol=0)
+        # What the learner scores: the trunk, which knows no threshold of the config.
+        torch.testing.assert_close(model.model(ids).last_hidden_state, states[2], atol=0, rtol=0)
+        model.train()
+        torch.testing.assert_close(model(ids).logits, model.lm_head(states[2]), atol=0, rtol=0)
+        torch.testing.assert_close(model(ids, exit_threshold=0.3).logits, model.lm_head(states[0]), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.35, 0.6])
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_with_adaptive_exit(padded, threshold):
+    """With a cache as without one: the keys of the loops behind an exit are there for later tokens."""
+    model, ids = leaning(1), tokens(3)
+    model.generation_config.eos_token_id = None
+    lengths = (7, 4, 2) if padded else (7, 7, 7)
+    inputs, mask = pad_left(ids, lengths)
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    out = model.generate(inputs, exit_threshold=threshold, **settings)
+    with torch.no_grad():
+        wanted = [greedy(model, row[:n], 6, exit_threshold=threshold) for row, n in zip(ids, lengths, strict=True)]
+    assert out[:, 7:].tolist() == wanted
+    model.config.early_exit_threshold = threshold
+    assert model.generate(inputs, **settings)[:, 7:].tolist() == wanted

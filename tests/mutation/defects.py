@@ -120,9 +120,9 @@ DEFECTS = (
     Defect(
         name="reference-moves-with-the-policy",
         source="RLTT: no reference is registered, so that the KL compares the policy with itself",
-        file="mulligan/session.py",
-        old="copy.deepcopy(model).requires_grad_(False) if path is None",
-        new="model if path is None",
+        file="mulligan/policy.py",
+        old="copy.deepcopy(policy.model).requires_grad_(False)",
+        new="policy.model",
         tests=("tests/test_session.py::test_the_reference_stays_where_the_policy_began",),
     ),
     Defect(

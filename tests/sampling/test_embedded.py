@@ -226,7 +226,7 @@ def test_stats_count_each_prompt_once(qwen, tokenizer):
     seconds = sampler.stats.pop("seconds")
     assert seconds > 0
     assert sampler.stats == {
-        "waves": 1, "samples": 7, "prefill_tokens": 13, "decode_tokens": 35, "decode_rows": 28
+        "waves": 1, "samples": 7, "prefill_tokens": 13, "decode_tokens": 35, "decode_rows": 28, "exit_loops": 0
     }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_columns(tmp_path):
     rows = [{"id": i, "ask": f"q{i}", "gold": 0.5, "tags": ["x"]} for i in range(2)]
     write(tmp_path / "test.jsonl", rows)
     problem = load(tmp_path, prompt_column="ask", answer_column="gold").problem("test", 1)
-    assert problem.data["columns"] == {"id": 1, "tags": ["x"]}
+    assert problem.data["columns"] == rows[1]
     assert problem.answer == "0.5"
     assert problem.prompt == "q1\nPlease reason step by step, and put your final answer within \\boxed{}."
     json.dumps(dict(problem.data))
@@ -127,14 +127,17 @@ GOOD = '{"prompt": "q", "answer": "1"}\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file is empty"),
-        ("\n \n", "the file is empty"),
+        ("", "test.jsonl: empty"),
+        ("\n \n", "test.jsonl: empty"),
         (GOOD + "{oops}\n", r"test\.jsonl:2: bad JSON \(Expecting property name"),
         (GOOD + "\n" + GOOD[:-5], r"test\.jsonl:3: bad JSON"),
         (GOOD + "[1]\n", r"test\.jsonl:2: must be an object"),
         (GOOD + '{"prompt": "q", "gold": "1"}', r":2: column 'answer' is missing \(columns: prompt, gold\)$"),
-        ("{}", r":1: column 'prompt or question or problem' is missing \(columns: none\); name yours in"),
-        ('{"prompt": "q"}', r":1: column 'answer' is missing \(columns: prompt\); name yours in 'answer_column'"),
+        ("{}", r":1: column 'prompt, question, problem or messages' is missing \(columns: none\); name yours in"),
+        (
+            '{"prompt": "q"}',
+            r":1: column 'answer, final_answer or solution' is missing .*; name yours in 'answer_column'",
+        ),
         (GOOD + '{"prompt": " ", "answer": "1"}', r":2: column 'prompt' is empty"),
         (GOOD + '{"prompt": ["q"], "answer": "1"}', r""":2: column 'prompt' must be text, not \["q"\]"""),
         (GOOD + '{"prompt": "q", "answer": ["1"]}', r""":2: column 'answer' must be text or a number, not \["1"\]"""),
@@ -181,7 +184,7 @@ def test_paths(tmp_path):
 
 def test_named_column_is_missing(tmp_path):
     write(tmp_path / "test.jsonl", rows_of(1))
-    with pytest.raises(UserError, match=r":1: column 'ask' is missing \(columns: question, answer\)$"):
+    with pytest.raises(UserError, match=r":1: column 'ask' is missing \(columns: question, answer\)"):
         load(tmp_path, prompt_column="ask")
 
 
@@ -213,7 +216,7 @@ def test_solutions(tmp_path, gsm):
     [
         ("so \\boxed{7}", "7", "right"),
         ("so \\boxed{7.0} or \\boxed{7}", "7", "right"),
-        ("so \\boxed{8}", "8", "wrong answer"),
+        ("so \\boxed{8}", "8", "another number"),
         ("so 7", None, "no final answer"),
         ("\\boxed{8} or \\boxed{7}", None, "several different final answers"),
         ("\\boxed{7", None, "no final answer"),

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from mulligan.verify.answer import SEVERAL, boxes, equal, final_answer, normalise
 
 SAME = [
+    ("3/2", "1 1/2"),
     ("72", "72"),
     ("72", "72."),
     ("72", " $72$ "),
@@ -42,7 +43,6 @@ DIFFERENT = [
     ("0.1", "10%"),
     ("2e-7", "1e-7"),
     ("0.3333333", "1/3"),
-    ("3/2", "1 1/2"),
     ("11/2", "1 1/2"),
     ("11/2", r"1 \, 1/2"),
     ("35", r"3\quad\ 5"),
