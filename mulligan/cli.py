@@ -280,7 +280,7 @@ def grade(
         bool, typer.Option("--percent", help="The task's answers are percentages: 10% and 10 are the same.")
     ] = False,
     jsonl: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rows with gold and answer, - for standard input; a JSON row each.")
+        str | None, typer.Option(metavar="FILE", help="Rows with gold and answer, - for standard input; JSON out.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes side by side.")] = None,
 ) -> None:

@@ -17,8 +17,10 @@ from mulligan.models.loading import load_model
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.tasks.chain import Chain
 from mulligan.texts import Texts
+from mulligan.verify.sandbox import layers
 
-PACKAGES = ("mulligan", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy", "tensorboard")
+PACKAGES = ("mulligan", "torch", "transformers", "safetensors", "tokenizers", "pydantic", "numpy", "math-verify")
+EXTRAS = ("datasets", "peft", "reasoning-gym", "tensorboard", "wandb", "trackio")  # null where one is absent
 
 
 def examine() -> dict[str, Any]:
@@ -30,7 +32,8 @@ def examine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES + EXTRAS},
+        "verifier_sandbox": layers(),
     }
     try:
         loaded = load_model("pico")

@@ -60,11 +60,11 @@ EVAL = ("--problems", "3", "--samples", "2", "--max-new-tokens", "12")
 def test_without_arguments_the_help_is_shown():
     said = call()
     assert "Usage: mulligan" in said.out and said.err == ""
-    for command in ("train", "eval", "tasks", "methods", "base", "export", "replay", "doctor"):
+    for command in ("train", "eval", "grade", "tasks", "methods", "base", "export", "replay", "doctor"):
         assert command in said.out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "tasks", "methods", "base", "export", "replay", "doctor"])
+@pytest.mark.parametrize("command", ["train", "eval", "grade", "tasks", "methods", "base", "export", "replay", "doctor"])
 def test_every_command_has_help(command):
     said = call(command, "--help")
     assert said.code == 0 and f"Usage: mulligan {command}" in said.out
@@ -413,6 +413,7 @@ def test_doctor(tiny, monkeypatch):
     facts = json.loads(said.out)
     assert said.code == 0 and facts["ok"] is True and facts["pico_tokens_per_second"] > 0
     assert facts["packages"]["torch"] and facts["cores"] >= 1 and "free_disk_gib" in facts
+    assert {"rlimits", "audit"} <= set(facts["verifier_sandbox"])
     assert "ok" in call("doctor").out
 
     def absent(name):

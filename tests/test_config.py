@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -242,3 +243,10 @@ def test_differences():
     assert differences(old, new) == ["model.dtype: 'float32' -> 'bfloat16'", "log.samples: None -> True"]
     assert differences(old, old) == []
     assert differences({"a": {"b": 1}}, {}) == ["a.b: 1 -> None"]
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[1] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes_are_runs(recipe):
+    run = load_run(recipe)
+    assert load_run(recipe, ["steps=3"]).steps == 3 != run.steps
+    assert run.task.name in TASKS

@@ -119,10 +119,10 @@ def test_a_reset_keeps_the_parents_tokens_up_to_the_step(step):
 
 def test_boundaries_are_token_indices_and_not_text():
     """A token that straddles two steps, and one that no tokenizer would give for this text: both stay as drawn."""
-    vocabulary = ("<eos>", "1", "a", ";b", ";", "a;", "c", ";c")
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<eos>"))
+    vocabulary = ("<eos>", "1", "a", ";b", ";", "a;", "c", ";c", "<unk>")
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     drawn = (2, 3, 4, 2, 4, 6)  # a | ;b | ; | a | ; | c: the steps a; b; a; c
 
     asked: list[Request] = []

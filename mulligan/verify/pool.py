@@ -87,7 +87,9 @@ class Pool:
     ) -> None:
         self.workers = default_workers() if workers is None else workers
         if self.workers < 1 or deadline <= 0 or memory <= 0 or recycle < 1:
-            raise UserError("a verifier pool needs at least one worker, one job a worker, and a deadline and memory > 0")
+            raise UserError(
+                "a verifier pool needs at least one worker, one job a worker, and a deadline and memory > 0"
+            )
         self.deadline = deadline
         self.memory = memory
         self.recycle = recycle
@@ -320,7 +322,7 @@ class _Worker:
     def wait_until_ready(self, seconds: float) -> None:
         """Raises UserError when it says why it cannot be, TimeoutError, EOFError, OSError or ValueError otherwise."""
         # Packages are found where the parent finds them, but never in the folder that it happens to stand in.
-        path = [entry for entry in sys.path if os.path.isabs(entry)]
+        path = [entry for entry in sys.path if Path(entry).is_absolute()]
         order = {"path": path, "package": str(_PACKAGE), "function": FUNCTIONS[self.function], "memory": self.memory}
         answer = self._exchange(order, seconds)
         if "error" in answer:

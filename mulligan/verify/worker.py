@@ -32,12 +32,12 @@ FUNCTIONS: dict[str, str] = {
     "gym": "mulligan.tasks.gym_score:score",
 }
 
-# Once closed in, nothing can be imported, and sympy imports parts of itself where it first needs them. These packages are
-# imported whole; the others want numpy, torch or pytest, which take more memory than a worker has.
+# Once closed in, nothing can be imported, and sympy imports parts of itself where it first needs them. These packages
+# are imported whole; the others want numpy, torch or pytest, which take more memory than a worker has.
 _SYMPY = (
-    "assumptions calculus combinatorics concrete discrete functions geometry integrals logic matrices ntheory polys "
-    "series sets simplify solvers tensor vector codegen physics.units"
-).split()
+    "assumptions calculus codegen combinatorics concrete discrete functions geometry integrals logic matrices ntheory "
+    "physics.units polys series sets simplify solvers tensor vector"
+)
 _UNWANTED = re.compile(r"\.(tests?|benchmarks|testutil)(\.|$)|_doc$")  # the last build documentation when imported
 _WATCH_SECONDS = 0.5
 _HEADER = 4  # bytes
@@ -155,7 +155,7 @@ def _load(function: str, package: Path) -> Callable[..., Any]:
     if hasattr(module, "warm"):
         module.warm()
     if "sympy" in sys.modules:
-        _import_all("sympy", _SYMPY)
+        _import_all("sympy", _SYMPY.split())
     gc.collect()
     gc.freeze()
     return getattr(module, attribute)

@@ -133,7 +133,7 @@ GOOD = '{"question": "1+1", "answer": "2"}\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "rows.jsonl: the file is empty"),
+        ("", "rows.jsonl: empty"),
         (GOOD * 2 + "{\n" + GOOD, "rows.jsonl:3: bad JSON"),
         (GOOD + "[1]\n", "rows.jsonl:2: must be an object"),
         (GOOD + '{"answer": "2"}\n', "rows.jsonl:2: column 'question' is missing"),

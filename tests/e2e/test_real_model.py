@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,78 @@ def test_train_export_generate(dtype, qwen3, tmp_path, monkeypatch):
 
     again = call("eval", "exported", "--task", "jsonl", f"task.path={GSM8K}", "--problems", "2", "--samples", "1")
     assert again.code == 0, again
+
+
+def hub_layout(folder: Path, rows: int = 24) -> Path:
+    """Rows of GSM8K as the Hub holds them: a README whose header maps splits to Parquet files."""
+    from datasets import Dataset
+
+    for split in ("train", "test"):
+        lines = (GSM8K / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
+        Dataset.from_list([json.loads(line) for line in lines]).to_parquet(
+            folder / "main" / f"{split}-00000-of-00001.parquet"
+        )
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n"
+        "  - split: train\n    path: main/train-*\n  - split: test\n    path: main/test-*\n---\n# GSM8K\n"
+    )
+    return folder
+
+
+RUN = """
+steps = 2
+out = "run"
+[model]
+name = {model}
+gradient_checkpointing = true
+[lora]
+rank = 4
+[task]
+name = "gsm8k"
+path = {data}
+[method]
+name = "grpo"
+group_size = 2
+entropy_bonus = 0.1
+[sampling]
+prompts = 2
+max_new_tokens = 16
+[optimizer]
+learning_rate = 1e-2
+[eval]
+problems = 2
+samples = 2
+split = "test"
+"""
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not beside the repository (../shared/data/gsm8k)")
+@pytest.mark.parametrize("layout", ["files", "hub"])
+def test_from_toml_with_lora(layout, qwen3, tmp_path, monkeypatch):
+    """The whole way: a run file, adapters, a saved evaluation on two data sets, a merged export with its card."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = GSM8K if layout == "files" else hub_layout(tmp_path / "openai-gsm8k")
+    Path("run.toml").write_text(RUN.format(model=json.dumps(str(qwen3)), data=json.dumps(str(data))))
+    said = call("train", "run.toml")
+    assert said.code == 0, said
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.step == 2
+    assert all("lora" in name for name in saved.tensors["model"])
+    assert any(bool(t.any()) for name, t in saved.tensors["model"].items() if "lora_B" in name)
+
+    said = call(
+        *("eval", "run", "--task", "gsm8k", "--task", "math", f"gsm8k.path={data}", f"math.path={GSM8K.parent}/math"),
+        *(f"math.test_path={GSM8K.parent}/math500", "math.longest_question=200", "--problems", "2"),
+        *("--samples", "2", "--max-new-tokens", "16", "--out", "run/evaluation"),
+    )
+    assert said.code == 0, said
+    assert {"settings.json", "samples.jsonl", "report.json"} <= {p.name for p in Path("run/evaluation").iterdir()}
+
+    assert call("export", "run").code == 0
+    model = AutoModelForCausalLM.from_pretrained("run/export")
+    assert type(model) is Qwen3ForCausalLM and not any("lora" in name for name in model.state_dict())
+    base = AutoModelForCausalLM.from_pretrained(qwen3).state_dict()
+    assert any(not torch.equal(base[name], tensor) for name, tensor in model.state_dict().items())
+    card = Path("run/export/README.md").read_text()
+    assert "grpo" in card and "gsm8k" in card.lower()

@@ -232,3 +232,13 @@ def test_a_run_with_a_chat_model(tmp_path, monkeypatch):
     chat = open_chat(again, ModelSection.model_validate(settings["model"]))
     assert chat is not None and chat.thinking is False
     assert load_model("base").model.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
+
+
+def test_an_eos_that_is_the_unknown_token_too_stays_a_control_token():
+    """As in GPT-2's family: its text in a question must not end anything."""
+    tokenizer = byte_level_bpe()
+    tokenizer.unk_token = tokenizer.eos_token
+    assert tokenizer.unk_token_id == tokenizer.eos_token_id
+    context = Texts(Chain(ChainSettings(level=1)), tokenizer).context(f"a {tokenizer.eos_token} b")
+    assert tokenizer.eos_token_id not in context
+    assert tokenizer.decode(context) == f"a {tokenizer.eos_token} b"

@@ -21,10 +21,6 @@ MEMSET = ctypes.memset
 _calls = itertools.count(1)
 
 
-def warm() -> None:
-    """Nothing: these are ready as they are."""
-
-
 def run(what: str, **keywords: Any) -> Any:
     return globals()[what](**keywords)
 
@@ -70,11 +66,11 @@ def unspeakable() -> None:
 
 
 def grow(megabytes: int) -> int:
-    return len(bytearray(megabytes * 2**20))
+    return len(bytearray(b"x") * (megabytes * 2**20))
 
 
 def keep(megabytes: int) -> int:
-    kept.append(bytearray(b"x" * megabytes * 2**20))
+    kept.append(bytearray(b"x") * (megabytes * 2**20))
     return os.getpid()
 
 
@@ -85,16 +81,21 @@ def die(code: int) -> None:
     os._exit(code)
 
 
-def die_unless_fresh() -> int:
+def use(seconds: float) -> None:
+    next(_calls)
+    time.sleep(seconds)
+
+
+def die_unless_fresh() -> str:
     if next(_calls) > 1:
         os._exit(7)
-    return os.getpid()
+    return "fresh"
 
 
-def hang_unless_fresh() -> int:
+def hang_unless_fresh() -> str:
     if next(_calls) > 1:
         spin()
-    return os.getpid()
+    return "fresh"
 
 
 def segfault() -> None:
@@ -119,10 +120,10 @@ def half_a_frame() -> None:
 
 
 def trickle() -> None:
-    os.write(3, b"\0\1\0\0")
+    """A long answer byte by byte, so that there is always something to read."""
+    os.write(3, b"\0\xff\xff\xff")
     while True:
         os.write(3, b"[")
-        time.sleep(0.01)
 
 
 def answer_twice() -> str:
@@ -154,10 +155,10 @@ def _system() -> None:
 ACTIONS = {
     "read a file": lambda: Path("/etc/passwd").read_bytes(),
     "write a file": lambda: Path("/tmp/mulligan-sandbox-trial").write_text("x"),
-    "list a folder": lambda: os.listdir("/"),
+    "list a folder": lambda: list(Path("/").iterdir()),
     "make a folder": lambda: Path("/tmp/mulligan-sandbox-trial-folder").mkdir(),
-    "remove": lambda: os.remove("/tmp/mulligan-nothing-of-that-name"),
-    "rename": lambda: os.rename("/tmp/mulligan-nothing-of-that-name", "/tmp/mulligan-other"),
+    "remove": lambda: Path("/tmp/mulligan-nothing-of-that-name").unlink(),
+    "rename": lambda: Path("/tmp/mulligan-nothing-of-that-name").rename("/tmp/mulligan-other"),
     "connect": _connect,
     "run a program": lambda: subprocess.run(["/bin/true"], check=True),
     "system": _system,
