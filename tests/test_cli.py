@@ -64,7 +64,9 @@ def test_without_arguments_the_help_is_shown():
         assert command in said.out
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "grade", "tasks", "methods", "base", "export", "replay", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "grade", "tasks", "methods", "base", "export", "replay", "doctor"]
+)
 def test_every_command_has_help(command):
     said = call(command, "--help")
     assert said.code == 0 and f"Usage: mulligan {command}" in said.out

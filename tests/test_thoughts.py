@@ -85,4 +85,10 @@ def test_counts_add_up(left, right):
 
 
 def test_which_tasks_are_english():
-    assert [name for name, task in TASKS.items() if task.english] == ["jsonl", "dataset", "gsm8k", "math", "reasoning-gym"]
+    assert [name for name, task in TASKS.items() if task.english] == [
+        "jsonl",
+        "dataset",
+        "gsm8k",
+        "math",
+        "reasoning-gym",
+    ]

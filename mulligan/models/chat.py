@@ -151,14 +151,16 @@ def open_chat(loaded: LoadedModel, settings: ModelSection) -> Chat | None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of the tokens that are marked as special, but for the unknown token, which any text may bring; where it is
-    the EOS as well (GPT-2's family, which knows every byte) it is one of them.
+    """The ids of the tokens that are marked as special, but for the unknown token, which any text may bring.
+
+    Where that is the EOS as well (GPT-2's family, which knows every byte) it is one of them.
 
     What else was added to a vocabulary are words (Gemma has its line breaks there) or marks that are meant to be
     read, such as ``<think>``.
     """
     marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    names: Any = tokenizer
+    unknown = {names.unk_token_id} - {names.eos_token_id, names.bos_token_id}
     return frozenset((marked | set(tokenizer.all_special_ids)) - unknown)
 
 

@@ -76,7 +76,8 @@ def test_every_verdict_is_as_expected_and_within_the_limits(watched, slow):
 def test_the_limits_hold_with_no_rules_before_math_verify(watched, monkeypatch):
     """Our rules turn most of the table away at sight. The pool must hold against what rules do not foresee."""
     monkeypatch.setitem(pools.FUNCTIONS, "unruled", "tests.verify.unruled:compare")
-    rows = [row for row in ROWS if row["kind"] == "slow" or (row["kind"] == "hostile" and row["gold"] == "x+1")]
+    slow = [row for row in ROWS if row["kind"] == "slow"]
+    rows = slow[::2] + [row for row in ROWS if row["kind"] == "hostile" and row["gold"] == "x+1"]
     with Pool(2, deadline=SHORT, memory=MEMORY) as pool:
         found = pool.run("unruled", [{"gold": row["gold"], "answer": row["answer"]} for row in rows])
         assert still_right(pool)
