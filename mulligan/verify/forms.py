@@ -291,7 +291,7 @@ def read_number(text: str, *, gold: bool = False) -> Number | None:
     """The text as a plain number with a unit, a percent sign or a currency sign; None for any other."""
     text = re.sub(r"\s+", " ", text.strip())
     outer = re.fullmatch(r"([-+]?) ?(?:\(([^()]*)\)|\{([^{}]*)\})", text)
-    if outer and (inner := number(compact(outer[2] or outer[3]))) is not None:
+    if outer and (inner := number(compact(outer[2] or outer[3] or ""))) is not None:
         return Number(-inner if outer[1] == "-" else inner)
     sign, unit_of = "", ""
     if match := re.match(rf"([-+]?) ?{CURRENCY.pattern} ?([-+]?)", text):

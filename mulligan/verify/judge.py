@@ -83,6 +83,7 @@ def _judged(gold: str, answer: str, comparison: Comparison) -> Judgement | None:
 
 
 _ABOUT = re.compile(r"[\s$]*~")  # elsewhere it is a blank
+_GOES_ON = re.compile(r"(?:\.\s?\.|…|\\[lc]?dots(?![A-Za-z]))[\s$.})\]]*\Z")  # its last value is not written
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
 _CHOSEN = re.compile(r"\(?([A-Za-z])(?:\)|[.:]|\Z)")
 
@@ -90,6 +91,8 @@ _CHOSEN = re.compile(r"\(?([A-Za-z])(?:\)|[.:]|\Z)")
 def _compared(gold: str, answer: str, comparison: Comparison) -> Finding:
     if _ABOUT.match(answer):
         return False, "hedged ('~')"
+    if bool(_GOES_ON.search(gold)) != bool(_GOES_ON.search(answer)):
+        return False, "one of the two goes on ('...')"
     if normalise(gold) == normalise(answer) and normalise(gold):
         return True, "the same text"
     one, other = clean(gold), clean(answer)

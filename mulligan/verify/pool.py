@@ -32,6 +32,7 @@ from mulligan.verify.worker import FUNCTIONS, frame, read_frame
 WORKERS_VARIABLE = "MULLIGAN_VERIFIER_WORKERS"
 MOST_WORKERS = 8  # by default
 FIRST_SHARE = 0.6  # of the deadline for the first attempt; the rest is the second's
+IN_TIME = 0.98  # of the deadline are used, so that it holds although a thread wakes up late
 START_TRIES = 5
 START_SECONDS = 120.0  # a worker is ready within one; this is for a machine that is loaded beyond measure
 LONGEST_ANSWER = 2**24  # bytes of a worker's answer; ours are a few hundred
@@ -79,11 +80,11 @@ class Pool:
             MULLIGAN_VERIFIER_WORKERS says. One more waits warm, to step in for one that was killed.
         deadline: seconds of wall clock for one job, from when a worker gets it, the second attempt included.
         memory: bytes of address space of a worker.
-        recycle: jobs after which a worker is replaced, since libraries cache without end.
+        recycle: jobs after which a worker is replaced whatever it weighs; a start costs as much as thousands of jobs.
     """
 
     def __init__(
-        self, workers: int | None = None, *, deadline: float = 5.0, memory: int = 512 * 2**20, recycle: int = 1000
+        self, workers: int | None = None, *, deadline: float = 5.0, memory: int = 512 * 2**20, recycle: int = 10_000
     ) -> None:
         self.workers = default_workers() if workers is None else workers
         if self.workers < 1 or deadline <= 0 or memory <= 0 or recycle < 1:
@@ -197,7 +198,7 @@ class Pool:
             keep = False
             begun = time.monotonic()
             try:
-                answer = worker.ask(keywords, share * (self.deadline - spent))
+                answer = worker.ask(keywords, share * (IN_TIME * self.deadline - spent))
                 keep = not answer.get("again")
             except TimeoutError:
                 answer = {"failure": f"out of time ({self.deadline:g} s)", "again": True}
@@ -221,10 +222,11 @@ class Pool:
             if spare is not None and not spare.cancel():  # it waits behind another: starting one here is sooner
                 with contextlib.suppress(UserError, RuntimeError, CancelledError):
                     worker = spare.result()
+            started = worker is None
             if worker is None:
                 worker = self._start(function)
             self._have_a_spare(function)
-            if worker.is_alive():
+            if started or worker.is_alive():  # those that waited may have died meanwhile
                 return worker
             self._end(worker)
 

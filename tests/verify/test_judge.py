@@ -262,3 +262,19 @@ def test_a_small_difference_between_large_numbers(gold, answer, verdict):
 def test_a_digit_behind_a_letter_is_no_product(gold, answer):
     assert judge(gold, answer).verdict == "wrong"
     assert judge(answer, answer).verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("2,4", "2,4,...", "wrong"),
+        ("2,4,...", "2,4", "wrong"),
+        ("0.3", "0.3...", "wrong"),
+        (r"1,2,\ldots", r"1,2,\ldots", "correct"),
+        ("7", "well...\n#### 7", "correct"),
+        ("7", "()", "wrong"),
+        ("7", "$()$", "wrong"),
+    ],
+)
+def test_what_goes_on_and_what_is_empty(gold, answer, verdict):
+    assert judge(gold, answer).verdict == verdict

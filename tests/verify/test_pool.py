@@ -90,7 +90,7 @@ def test_a_hanging_job_ends_at_the_deadline_with_its_retry(pool, what):
     begun = time.monotonic()
     outcome, other = run(pool, (what, {}), ("echo", {"value": 1}))
     assert (outcome.value, outcome.reason) == (None, "out of time (1 s)")
-    assert DEADLINE <= outcome.seconds <= DEADLINE + SLACK
+    assert 0.97 * DEADLINE <= outcome.seconds <= DEADLINE + SLACK
     assert time.monotonic() - begun < DEADLINE + 10  # a worker that has to start first does not count
     assert other.value == 1
 
