@@ -164,7 +164,7 @@ ACTIONS = {
     "system": _system,
     "fork": lambda: os._exit(0) if os.fork() == 0 else None,
     "kill the parent": lambda: os.kill(os.getppid(), 0),
-    "import": lambda: __import__("turtle"),
+    "import": lambda: __import__("colorsys"),
     "load a library": lambda: ctypes.CDLL("libm.so.6"),
     "raise its limits": lambda: __import__("resource").setrlimit(7, (1000, 1000)),
     "start a thread": lambda: threading.Thread(target=int).start(),
