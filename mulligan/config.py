@@ -106,6 +106,7 @@ class OptimizerSection(Section):
     updates_per_batch: int = Field(default=1, ge=1, description="optimizer steps into which a batch is cut")
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
     tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    share_prefixes: bool = Field(default=True, description="compute once what rows begin with alike, where possible")
 
 
 class EvalSection(Section):

@@ -296,6 +296,7 @@ def _learner(loaded: LoadedModel, run: Run) -> Learner:
         temperature=run.sampling.temperature,
         max_new_tokens=run.sampling.max_new_tokens,
         tokens_per_micro_batch=run.optimizer.tokens_per_micro_batch,
+        share_prefixes=run.optimizer.share_prefixes,
         clip_norm=0.0,
         seed=run.seed,
     )

@@ -123,6 +123,7 @@ def prepare(run: Run) -> Session:
             updates_per_batch=o.updates_per_batch,
             epochs=o.epochs,
             tokens_per_micro_batch=o.tokens_per_micro_batch,
+            share_prefixes=o.share_prefixes,
             clip_norm=o.clip_norm,
             seed=run.seed,
         ),

@@ -331,9 +331,9 @@ def test_a_broken_method_is_caught(what):
 # ---- a learner that is broken: what no method can do by itself ---------------------------------
 
 
-def shifted(items, pad, device):
+def shifted(items, pad, device, trees):
     """Scores each token where the next one is predicted."""
-    batch = pack(items, pad, device)
+    batch = pack(items, pad, device, trees)
     last = batch.tokens.shape[1] - 1
     return replace(batch, at=torch.stack([batch.at[:, 0], (batch.at[:, 1] + 1).clamp(max=last)], dim=1))
 

@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 import torch
 
+from mulligan.learner.trees import Costs, Trees, plant_within
 from mulligan.types import Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B sequences of context and response, padded on the right to W columns.
+    """Rows of context and response, laid out flat or as trees.
 
-    Causal attention never looks to the right, so right padding needs no mask, and no row's numbers depend
-    on how wide its batch is beyond rounding.
+    Flat: a row each, padded on the right to W columns. Causal attention never looks to the right, so right
+    padding needs no mask, and no row's numbers depend on how wide its batch is beyond rounding.
+    As trees: what rows share is there once, all of it in one row of W columns without padding.
     """
 
-    tokens: torch.Tensor  # int64 [B, W]
+    tokens: torch.Tensor  # int64 [B, W]; B is 1 for trees
     at: torch.Tensor  # int64 [N, 2]: (b, column) whose hidden state predicts the scored token
     targets: torch.Tensor  # int64 [N]: the scored tokens, row by row
-    row: torch.Tensor  # int64 [N]: which of the B rows each scored token is of
+    row: torch.Tensor  # int64 [N]: which of the rows each scored token is of
     temperature: torch.Tensor  # float32 [N]
+    layout: dict[str, torch.Tensor]  # what the forward pass takes beside the tokens: positions and mask of trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +57,57 @@ def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return out
 
 
-def pack(items: Sequence[Item], pad: int, device: torch.device) -> Batch:
+def pack(items: Sequence[Item], pad: int, device: torch.device, trees: Trees | None = None) -> Batch:
     """Lays the items out as one batch.
+
+    Args:
+        trees: of the items' rows; None: flat.
 
     Raises:
         ValueError: for an item without a context: its first token would have nothing to be predicted from.
     """
-    width = max(len(item) for item in items)
-    tokens = torch.full((len(items), width), pad, dtype=torch.long)
+    layout: dict[str, torch.Tensor] = {}
+    if trees is None:
+        tokens = torch.full((len(items), max(len(item) for item in items)), pad, dtype=torch.long)
+    else:
+        tokens = torch.tensor([trees.tokens])
+        layout["position_ids"] = trees.positions()[None].to(device)
+        layout["attention_mask"] = trees.branches().mask(device)
     at, targets, rows, temperatures = [], [], [], []
     for b, item in enumerate(items):
         if not item.context:
             raise ValueError("a row needs a context of at least one token; P(y) starts from BOS")
-        response = torch.tensor(item.response, dtype=torch.long)
-        start = len(item.context)
-        tokens[b, :start] = torch.tensor(item.context, dtype=torch.long)
-        tokens[b, start : len(item)] = response
-        wanted = item.wanted.nonzero()[:, 0]
-        at.append(torch.stack([torch.full_like(wanted, b), wanted + start - 1], dim=1))
-        targets.append(response[wanted])
-        rows.append(torch.full_like(wanted, b))
-        temperatures.append(torch.full((len(wanted),), item.temperature))
+        row = torch.tensor(item.context + item.response)
+        scored = item.wanted.nonzero()[:, 0] + len(item.context)
+        if trees is None:
+            tokens[b, : len(row)] = row
+            at.append(torch.stack([torch.full_like(scored, b), scored - 1], dim=1))
+        else:
+            at.append(torch.stack([torch.zeros_like(scored), trees.columns(b)[scored - 1]], dim=1))
+        targets.append(row[scored])
+        rows.append(torch.full_like(scored, b))
+        temperatures.append(torch.full((len(scored),), item.temperature))
     return Batch(
         tokens=tokens.to(device),
         at=torch.cat(at).to(device),
         targets=torch.cat(targets).to(device),
         row=torch.cat(rows).to(device),
         temperature=torch.cat(temperatures).to(device),
+        layout=layout,
     )
+
+
+def layouts(items: Sequence[Item], budget: int, costs: Costs | None = None) -> list[tuple[list[int], Trees | None]]:
+    """The items' indices in batches of at most ``budget`` tokens, each with its trees; None: flat.
+
+    Args:
+        costs: of the model that will read them, for the cheaper of the two layouts; None: it can read the flat one
+            alone.
+    """
+    flat = micro_batches([len(item) for item in items], budget)
+    if costs is not None:
+        grown = plant_within([item.context + item.response for item in items], budget)
+        padded = [(len(part), max(len(items[i]) for i in part)) for part in flat]
+        if sum(costs.of_trees(trees) for _, trees in grown) < sum(costs.of_flat(*sizes) for sizes in padded):
+            return [*grown]
+    return [(part, None) for part in flat]

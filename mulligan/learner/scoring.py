@@ -57,7 +57,7 @@ def score(
     if not is_looped(model):
         if loops is not None or exits or num_loops is not None:
             raise UserError(f"{model.config.model_type} has no loops to read out")
-        out = model.base_model(input_ids=batch.tokens, use_cache=False)
+        out = model.base_model(input_ids=batch.tokens, use_cache=False, **batch.layout)
         hidden = [_at(out.last_hidden_state, batch)]
         exit_probabilities = None
     else:
@@ -65,7 +65,9 @@ def score(
         run = number_of_loops(model) if num_loops is None else num_loops
         if loops is not None and not all(1 <= loop <= run for loop in loops):
             raise UserError(f"loops {loops} cannot be read: the model runs loops 1 to {run}")
-        out = model.base_model(input_ids=batch.tokens, use_cache=False, output_loops=several, num_loops=num_loops)
+        out = model.base_model(
+            input_ids=batch.tokens, use_cache=False, output_loops=several, num_loops=num_loops, **batch.layout
+        )
         if loops is None:
             hidden = [_at(out.last_hidden_state, batch)]
         else:

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import ContractError, UserError
-from mulligan.learner.packing import Batch, Item, micro_batches, pack
+from mulligan.learner.packing import Batch, Item, layouts, pack
 from mulligan.learner.scoring import check_head, number_of_loops, score
+from mulligan.learner.sharing import layer_costs, shares_prefixes
 from mulligan.method import Method, Term
 from mulligan.models.adapters import adapter_off, has_adapter
 from mulligan.models.loading import pad_id
@@ -31,6 +32,7 @@ class Plan:
     updates_per_batch: int = 1
     epochs: int = 1
     tokens_per_micro_batch: int = 16384
+    share_prefixes: bool = True  # what rows begin with alike is computed once, where the model allows it
     clip_norm: float = 1.0
     seed: int = 0
 
@@ -56,6 +58,9 @@ class Learner:
         self.pad = pad_id(tokenizer)
         check_head(model)
         turn_dropout_off(model)
+        readers = (model, *self.frozen.values()) if plan.share_prefixes else ()
+        # What each model that can read trees costs; the others read every row in full.
+        self._costs = {id(reader): layer_costs(reader) for reader in readers if shares_prefixes(reader)}
         self.updates = 0  # optimizer steps so far
         self.guard: Callable[[], None] = lambda: None  # called right before weights change
 
@@ -84,8 +89,7 @@ class Learner:
                 for row in rows
             ]
             with self._model_of(stream) as model:
-                for indices in micro_batches([len(i) for i in items], self.plan.tokens_per_micro_batch):
-                    batch = pack([items[i] for i in indices], self.pad, self.device)
+                for indices, batch in self._batches(model, items):
                     values = self._quantity(model, batch, stream)
                     for k, index in enumerate(indices):
                         rows[index].streams[stream.name] = values[batch.row == k].float().cpu()
@@ -139,6 +143,11 @@ class Learner:
         # Greedy samples have no temperature to take ratios at; they are scored at 1.
         return Item(context, row.tokens, wanted, (self.plan.temperature if temperature is None else temperature) or 1.0)
 
+    def _batches(self, model: PreTrainedModel, items: Sequence[Item]) -> Iterator[tuple[list[int], Batch]]:
+        """What the model reads, one micro-batch after another, each with the indices of its items."""
+        for part, trees in layouts(items, self.plan.tokens_per_micro_batch, self._costs.get(id(model))):
+            yield part, pack([items[i] for i in part], self.pad, self.device, trees)
+
     # ---- updates -------------------------------------------------------------------------------
 
     def update(self, rows: Sequence[Row], method: Method, step: int) -> Metrics:
@@ -183,11 +192,11 @@ class Learner:
             live = [i for i, row in enumerate(mine) if term.regularisers or bool((row.advantages * row.mask).any())]
             tally.rows += len(mine)
             tally.tokens += sum(int(row.mask.sum()) for row in mine)
-            lengths = [len(mine[i].context) + len(mine[i].tokens) for i in live]
-            for indices in micro_batches(lengths, self.plan.tokens_per_micro_batch):
+            items = [self._item(mine[i], mine[i].context, mine[i].mask) for i in live]
+            for indices, batch in self._batches(self.model, items):
                 chosen = [live[i] for i in indices]
                 self._micro_batch(
-                    [mine[i] for i in chosen], [weights[i] for i in chosen], term, method.name, fresh, tally
+                    [mine[i] for i in chosen], [weights[i] for i in chosen], batch, term, method.name, fresh, tally
                 )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip_norm or math.inf)
         if not (math.isfinite(tally.loss) and bool(torch.isfinite(norm))):
@@ -206,9 +215,8 @@ class Learner:
         return {**tally.metrics(), "update/gradient_norm": float(norm), "update/learning_rate": rate}
 
     def _micro_batch(
-        self, rows: list[Row], weights: list[float], term: Term, owner: str, fresh: bool, tally: _Tally
+        self, rows: list[Row], weights: list[float], batch: Batch, term: Term, owner: str, fresh: bool, tally: _Tally
     ) -> None:
-        batch = pack([self._item(row, row.context, row.mask) for row in rows], self.pad, self.device)
         loops = term.readout.loops
         loops = tuple(range(1, number_of_loops(self.model) + 1)) if loops == "all" else loops
         scores = score(self.model, batch, loops=loops, entropy=term.entropy, exits=term.readout.exits)

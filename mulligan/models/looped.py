@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from mulligan.errors import UserError
+from mulligan.models.attention import Branches, branches_of, tree_attention
 
 _PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
 
@@ -287,6 +288,7 @@ class _Context:
     sin: torch.Tensor  # the same, its first half negated
     mask: torch.Tensor | None  # what SDPA takes; None: causal (T > 1) or everything (T = 1)
     causal: bool
+    branches: Branches | None = None  # in place of a mask: the tokens are trees
 
 
 def _rotate(x: torch.Tensor, context: _Context) -> torch.Tensor:
@@ -315,6 +317,8 @@ class LoopedAttention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, slot)
+        if context.branches is not None:
+            return self.o_proj(tree_attention(q, k, v, context.branches).transpose(1, 2).flatten(2))
         grouped = self.groups > 1
         if grouped and context.mask is not None:
             # Given a mask, SDPA's grouped mode falls back to a kernel that stores every score.
@@ -402,8 +406,9 @@ class LoopedModel(LoopedPreTrainedModel):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, cached + T], nonzero at real tokens; or what SDPA takes, with four
-                dimensions. None when nothing is padded (also right padding whose outputs are
-                ignored): then no mask is built and the fast causal kernel runs.
+                dimensions; or a :meth:`Branches.mask`, without a cache. None when nothing is padded (also
+                right padding whose outputs are ignored): then no mask is built and the fast causal
+                kernel runs.
             position_ids: int64 [B or 1, T]; None: counted from the mask, so that left padding does
                 not shift a sequence.
             past_key_values: a cache; it grows by T in ``num_loops * N`` slots (slot = loop * N + layer).
@@ -506,6 +511,8 @@ class LoopedModel(LoopedPreTrainedModel):
             mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
         elif mask.ndim == 2:
             mask = _causal_mask(mask, length)
+        elif (branches := branches_of(mask)) is not None:
+            return _Context(cos, sin, None, causal=False, branches=branches)
         return _Context(cos, sin, mask, causal=False)
 
 

@@ -234,7 +234,7 @@ def test_a_run_has_its_warm_up_updates_without_a_question_and_then_others(tmp_pa
             "task": {"name": "chain", "level": 3},
             "method": {"name": f"dsrl(grpo(group_size=4), steps={warm_up}, credit=nsr)"},
             "sampling": {"prompts": 3, "max_new_tokens": 64},
-            "optimizer": {"learning_rate": 1e-5, "tokens_per_micro_batch": 400},
+            "optimizer": {"learning_rate": 1e-5, "tokens_per_micro_batch": 400, "share_prefixes": False},
             "eval": {"problems": 1, "samples": 1, "every": 0},
         }
     )
