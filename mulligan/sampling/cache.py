@@ -8,7 +8,7 @@ slots appear on their first update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -30,17 +30,16 @@ class GrowingSlot(CacheLayerMixin):
         super().__init__()
         self.room = room
         self.rows = 0
-        self.length = 0
+        self.begin = self.end = 0  # the columns in use
         self._buffers: list[torch.Tensor] = []  # of keys and of values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates for states ``[rows, heads, new, head_dim]``, and ``room`` more columns."""
-        self.allocate(key_states, value_states, rows=key_states.shape[0], capacity=key_states.shape[2] + self.room)
+        self.rows = key_states.shape[0]
+        self._allocate((key_states, value_states), self.rows, key_states.shape[2] + self.room)
 
-    def allocate(self, keys: torch.Tensor, values: torch.Tensor, *, rows: int, capacity: int) -> None:
-        """Uninitialised buffers with the heads, widths, type and device of ``keys`` and ``values``."""
-        self._buffers = [like.new_empty(rows, like.shape[1], capacity, like.shape[3]) for like in (keys, values)]
-        self.rows = rows
+    def _allocate(self, like: Iterable[torch.Tensor], rows: int, capacity: int) -> None:
+        self._buffers = [each.new_empty(rows, each.shape[1], capacity, each.shape[3]) for each in like]
         self.is_initialized = True
 
     def update(
@@ -49,50 +48,79 @@ class GrowingSlot(CacheLayerMixin):
         """Appends ``[rows, heads, new, head_dim]`` states; returns views ``[rows, heads, length, head_dim]`` of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self._buffers[0].shape[2]:
-            self._grow(start)
+        new = key_states.shape[2]
+        if self.end + new > self._buffers[0].shape[2]:
+            self._move_house(self._row_capacity(), self.end - self.begin, new)
+        self.end += new
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[: self.rows, :, start : self.length] = states
+            buffer[: self.rows, :, self.end - new : self.end] = states
         return self._show()
 
-    def put(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Fills these rows with states that end at the last column in use; what is left of them becomes zero.
+    def admit(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Adds rows below those there are.
 
-        Zero and not garbage, because a masked column still takes part in the weighted sum, with weight 0,
-        and 0 times NaN is NaN.
+        Args:
+            parts: keys and values ``[rows, heads, length, head_dim]``; each part ends at the last column in use and is
+                padded on the left with zeros, and so are the rows that are there when a part is longer.
         """
-        for buffer, states in zip(self._buffers, (keys, values), strict=True):
-            pad = self.length - states.shape[2]
-            buffer[rows, :, :pad] = 0
-            buffer[rows, :, pad : self.length] = states
+        # Zero and not garbage, because a masked column still takes part in the weighted sum, with weight 0,
+        # and 0 times NaN is NaN.
+        first, rows = self.rows, self.rows + sum(len(keys) for keys, _ in parts)
+        width = max(self.end - self.begin, *(keys.shape[2] for keys, _ in parts))
+        if not self.is_initialized:
+            self._allocate(parts[0], rows, width + self.room)
+            self.begin = self.end = width
+        elif rows > self._buffers[0].shape[0] or width > self.end:
+            self._move_house(max(rows, self._row_capacity()), width, 0)
+        start = self.end - width
+        for buffer in self._buffers:
+            buffer[:first, :, start : self.begin] = 0
+        for keys, values in parts:
+            there, column = slice(first, first + len(keys)), self.end - keys.shape[2]
+            for buffer, states in zip(self._buffers, (keys, values), strict=True):
+                buffer[there, :, start:column] = 0
+                buffer[there, :, column : self.end] = states
+            first = there.stop
+        self.begin, self.rows = start, rows
         self._show()
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, rows: int) -> None:
         """Copies rows ``sources`` over rows ``targets`` (both int64 [moved]) and keeps the first ``rows``."""
         if len(targets):
             for buffer in self._buffers:
-                buffer[targets, :, : self.length] = buffer[sources, :, : self.length]
+                buffer[targets, :, self.begin : self.end] = buffer[sources, :, self.begin : self.end]
         self.rows = rows
         self._show()
 
-    def _grow(self, used: int) -> None:
-        # By half of what is there, so that copying costs a constant per token; rows that left are not copied.
-        old = self._buffers
-        self.allocate(*old, rows=self.rows, capacity=self.length + max(self.room, used // 2))
-        for new, buffer in zip(self._buffers, old, strict=True):
-            new[:, :, :used] = buffer[: self.rows, :, :used]
+    def drop(self, columns: int) -> None:
+        """Forgets so many of the first columns; their memory is used again at the next growth."""
+        self.begin += columns
+        self._show()
+
+    def _row_capacity(self) -> int:
+        # Memory of rows that left is given back once it is most of what there is; until then rows may still join.
+        there = self._buffers[0].shape[0]
+        return there if 2 * self.rows > there else self.rows
+
+    def _move_house(self, rows: int, width: int, new: int) -> None:
+        """New buffers, where the columns in use end at ``width`` and ``new`` more are sure to fit."""
+        # By half of what is there, so that copying costs a constant per token.
+        old, begin = self._buffers, width - (self.end - self.begin)
+        self._allocate(old, rows, width + new + max(self.room, width // 2))
+        for buffer, before in zip(self._buffers, old, strict=True):
+            buffer[: self.rows, :, begin:width] = before[: self.rows, :, self.begin : self.end]
+        self.begin, self.end = begin, width
 
     def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (buffer[: self.rows, :, : self.length] for buffer in self._buffers)
+        keys, values = (buffer[: self.rows, :, self.begin : self.end] for buffer in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.end - self.begin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1  # transformers' word for "no limit"
@@ -100,6 +128,8 @@ class GrowingSlot(CacheLayerMixin):
 
 class GrowingCache(Cache):
     """A :class:`transformers.Cache` of :class:`GrowingSlot`, one for each ``layer_idx`` that is ever updated.
+
+    Rows may join at any time: all rows end at the same column.
 
     It keeps every column, also for sliding-window and chunked layers, whose masks then do the forgetting.
     Under autograd its in-place writes would be errors: it is for ``torch.no_grad``.
@@ -110,35 +140,26 @@ class GrowingCache(Cache):
 
     def __init__(self, room: int = 64):
         # transformers calls this as a class, without arguments, when a slot is first updated.
+        self._room = room
         super().__init__(layer_class_to_replicate=cast(type[GrowingSlot], partial(GrowingSlot, room)))
 
-    @classmethod
-    def join(cls, parts: Sequence[tuple[GrowingCache, torch.Tensor]], room: int = 64) -> GrowingCache:
-        """One cache from chosen rows of several; rows of shorter caches are padded on the left with zeros.
+    def admit(self, parts: Sequence[tuple[GrowingCache, torch.Tensor]]) -> None:
+        """Adds chosen rows of other caches below those there are; what is shorter is padded on the left with zeros.
 
         Args:
-            parts: caches with, for each, the int64 [n] rows to take, repeats allowed. The result's rows are
-                in this order. All caches must have the same slots.
-            room: columns to allocate beyond the longest cache.
+            parts: caches with, for each, the int64 [n] rows to take, repeats allowed: contexts to their samples. The
+                new rows are in this order. All caches must have the same slots, or this one none.
         """
-        joined = cls(room)
-        length = max(cache.get_seq_length() for cache, _ in parts)
-        rows = sum(len(index) for _, index in parts)
-        for sources in zip(*(cache.layers for cache, _ in parts), strict=True):
-            slot = GrowingSlot(room)
-            slot.allocate(sources[0].keys, sources[0].values, rows=rows, capacity=length + room)
-            slot.length = length
-            start = 0
-            for source, (_, index) in zip(sources, parts, strict=True):
-                there = slice(start, start + len(index))
-                slot.put(there, source.keys.index_select(0, index), source.values.index_select(0, index))
-                start = there.stop
-            joined.layers.append(slot)
-        return joined
-
-    def fork(self, index: torch.Tensor, room: int = 64) -> GrowingCache:
-        """A new cache whose row j is a copy of row ``index[j]`` (int64 [n]): contexts to their samples."""
-        return type(self).join([(self, index)], room)
+        slots = cast(list[GrowingSlot], self.layers)
+        if not slots:
+            slots.extend(GrowingSlot(self._room) for _ in parts[0][0].layers)
+        for slot, *sources in zip(slots, *(cache.layers for cache, _ in parts), strict=True):
+            slot.admit(
+                [
+                    (source.keys.index_select(0, index), source.values.index_select(0, index))
+                    for source, (_, index) in zip(sources, parts, strict=True)
+                ]
+            )
 
     def keep(self, index: torch.Tensor) -> None:
         """Row j becomes row ``index[j]`` (int64 [n], n at most the rows there are), in place.
@@ -150,6 +171,11 @@ class GrowingCache(Cache):
         for slot in cast(list[GrowingSlot], self.layers):
             slot.move(index[targets], targets, len(index))
 
+    def drop(self, columns: int) -> None:
+        """Forgets so many of the first columns, which must be padding of every row."""
+        for slot in cast(list[GrowingSlot], self.layers):
+            slot.drop(columns)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """transformers' name for :meth:`keep`."""
         self.keep(beam_idx)
@@ -160,7 +186,7 @@ def can_grow(config: PreTrainedConfig) -> bool:
 
     True where every layer attends to keys and values of its own. Models with recurrent or convolutional
     states, shared caches or index caches need transformers' ``DynamicCache(config=config)`` instead, which
-    lacks :meth:`GrowingCache.join` but can be forked and packed with :func:`select_rows`.
+    lacks :meth:`GrowingCache.admit` but can be forked and packed with :func:`select_rows`.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 

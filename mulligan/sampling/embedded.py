@@ -1,9 +1,10 @@
 """The sampler inside the process: the learner's own model, one batched decode loop, no second engine.
 
-Requests are served in waves of at most ``max_rows`` samples. A wave prefills each distinct prompt (context
-plus prefix) once, forks the cache to its samples, and decodes all rows together, one token a step. Rows
-that finish leave the batch. Every uniform number comes from (seed, index in the response), so that waves,
-splits and the company a row keeps cannot change it.
+The batch has ``max_rows`` places. A refill prefills each distinct prompt (context plus prefix) of the samples that it
+takes in once and forks the cache to them; then all rows are decoded together, one token a step. Rows end at the same
+column of the cache, whenever they joined, and are padded on the left. Rows that finish leave the batch, and waiting
+samples take their places. Every uniform number comes from (seed, index in the response), so that refills, splits and
+the company a row keeps cannot change it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import UserError
 from mulligan.sampling import OnDone
+from mulligan.sampling.batch import Next, Order, Queue, Rows
 from mulligan.sampling.cache import GrowingCache, can_grow, select_rows
 from mulligan.sampling.stops import StopFinder
 from mulligan.seeds import uniforms
@@ -30,82 +31,38 @@ from mulligan.types import Completion, Request, Tokens
 
 _PREFILL_TOKENS = 16_384  # padded tokens in one prefill; a longer prompt goes alone
 _ROOM = 128  # columns of the cache that are allocated ahead at first
+_REFILL_AT = 1.0  # steps of the batch that may be lost on free places before waiting samples are taken in
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
 _COMPACT_AT = 1 / 16  # of the live rows finished: packing them costs about as much as one step of keeping them
 
 
 @dataclass(slots=True, eq=False)
-class _Order:
-    """A request with the run's settings filled in, and its completions so far."""
+class _Batch:
+    """What is being decoded in one call of :meth:`EmbeddedSampler.run`."""
 
-    request: Request
-    prompt: Tokens  # context, then prefix
-    limit: int  # own tokens at most, at least 1
-    temperature: float
-    stop: tuple[str, ...]
-    completions: list[Completion | None] = field(default_factory=list)
-    taken: int = 0  # samples that are in a wave or done
-
-
-_Draw = tuple[_Order, int]  # one sample: its order and the attempt
-
-
-@dataclass(slots=True, eq=False)
-class _Rows:
-    """The rows still in the batch; every tensor's first dimension is the row."""
-
-    index: Tensor  # int64: the row of the wave's outputs
-    seed: Tensor  # int64
-    start: Tensor  # int64: index in the response of the first own token
-    position: Tensor  # int64: of the token to be fed next
-    limit: Tensor  # int64: own tokens at most
-    temperature: Tensor  # float32; 0 is greedy
-    finished: Tensor  # bool
-    mask: Tensor | None  # int64 [rows, columns]: 0 at the padding; None when no row has any
-
-    def keep(self, index: Tensor) -> None:
-        """Row j becomes row ``index[j]``."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            setattr(self, f.name, None if value is None else value.index_select(0, index))
-        if self.mask is not None and bool(self.mask.all()):
-            self.mask = None  # the padded rows are gone; without a mask attention is faster
-
-
-@dataclass(slots=True, eq=False)
-class _Outputs:
-    """What a wave has drawn; rows in the wave's order, columns are steps."""
-
-    tokens: Tensor  # int64 [rows, steps]; whatever stands after a row's length is meaningless
-    logprobs: Tensor  # float32 [rows, steps]; as for tokens
-    length: Tensor  # int64 [rows]
-    stopped: Tensor  # bool [rows]
-    exits: Tensor  # int64 [rows, steps]; the loop that each token was read out of, 0 without adaptive exit
-
-
-@dataclass(slots=True, eq=False)
-class _Next:
-    """What the next token of each row is drawn from."""
-
-    logits: Tensor  # float32 [rows, vocabulary]
-    loop: Tensor  # int64 [rows]: the loop the logits are read out of, 0 without adaptive exit
+    queue: Queue
+    rows: Rows | None = None
+    after: Next | None = None  # of the rows
+    cache: Any = None
+    begun: tuple[Tokens, Any, Next] | None = None  # the prompt that ``queue.begun`` names, prefilled: one row
+    lost: int = 0  # row-steps in which a place was free for a sample that waited, since the last refill
 
 
 class EmbeddedSampler:
     """Samples from a causal LM of transformers (or the looped one) in the same process.
 
     It uses the model object itself: no weights are copied, and a learner's update is seen at once. Row
-    results do not depend on the other rows of a wave beyond floating-point rounding of the logits.
+    results do not depend on the other rows of a batch beyond floating-point rounding of the logits.
 
     Args:
-        model: any causal LM whose forward takes ``past_key_values``. It is put in eval mode while a wave
-            is decoded, and back afterwards.
+        model: any causal LM whose forward takes ``past_key_values``. It is put in eval mode while it
+            decodes, and back whenever ``on_done`` is called.
         tokenizer: for ``eos_token_id`` and, with stop strings, ``decode``.
         temperature: for requests that name none; 0 is greedy (the first maximum).
         max_new_tokens: own tokens at most, for requests that name no number; a prefix does not count.
         stop: stop strings for requests that name none. They are looked for in the decoded own tokens
             (special tokens included) and stay in the response.
-        max_rows: samples decoded at once; a request with more is split over waves.
+        max_rows: samples decoded at once; a request with more has the rest join later.
         num_loops: of a looped model: how many loops to run; None: the model's own number.
         exit_threshold: of a looped model: each token is drawn from the first loop whose cumulative exit
             probability is at least this; 1 is always the last loop; None: the threshold of the model's config.
@@ -114,7 +71,7 @@ class EmbeddedSampler:
             ``max_position_embeddings``, or no limit if it has none.
 
     Attributes:
-        stats: totals since construction: ``waves``; ``samples``; ``prefill_tokens`` (distinct prompts,
+        stats: totals since construction: ``refills``; ``samples``; ``prefill_tokens`` (distinct prompts,
             without padding); ``decode_tokens`` (own tokens returned); ``decode_rows`` (rows times steps
             computed, so at least ``decode_tokens - samples``); ``exit_loops`` (sum over the own tokens of the
             loop that each was read out of; 0 where nothing exits early); ``seconds`` (without ``on_done``).
@@ -165,33 +122,34 @@ class EmbeddedSampler:
             self._extra["logits_to_keep"] = 1
         self._eos = torch.tensor(_eos_ids(model, tokenizer), dtype=torch.long, device=model.device)
         self._finders: dict[tuple[str, ...], StopFinder] = {}
-        counters = ("waves", "samples", "prefill_tokens", "decode_tokens", "decode_rows", "exit_loops", "seconds")
+        counters = ("refills", "samples", "prefill_tokens", "decode_tokens", "decode_rows", "exit_loops", "seconds")
         self.stats: dict[str, float] = dict.fromkeys(counters, 0)
 
     def run(self, requests: Sequence[Request], on_done: OnDone) -> None:
         """Samples all requests, and what ``on_done`` returns, in the order of asking.
 
-        ``on_done`` is called at the end of the wave that completes a request, outside of ``no_grad`` and
-        with the model in the mode it came in.
+        ``on_done`` is called as soon as a request's last sample is done, outside of ``no_grad`` and with the
+        model in the mode it came in.
 
         Raises:
             UserError: a request that cannot be served: no room for a token, an empty context, a wrong
                 number of seeds, a setting out of range. For ``requests`` before anything is sampled.
                 Also logits that are not finite.
         """
-        queue = deque([self._order(request) for request in requests])
-        while queue:
-            draws = self._take(queue)
+        batch = _Batch(Queue())
+        for order in [self._order(request) for request in requests]:
+            batch.queue.add(order)
+        while batch.queue.waiting or batch.rows is not None:
             started = time.perf_counter()
             with _evaluating(self.model), torch.no_grad():
-                self._sample(draws)
+                done = self._advance(batch)
             self.stats["seconds"] += time.perf_counter() - started
-            for order in dict.fromkeys(order for order, _ in draws):
-                done = [c for c in order.completions if c is not None]
-                if len(done) == order.request.n:
-                    queue.extend([self._order(request) for request in on_done(order.request, tuple(done))])
+            for order in done:
+                completions = tuple(c for c in order.completions if c is not None)
+                for request in on_done(order.request, completions):
+                    batch.queue.add(self._order(request))
 
-    def _order(self, request: Request) -> _Order:
+    def _order(self, request: Request) -> Order:
         who = f"a request for {request.problem.uid}"
         temperature = self.temperature if request.temperature is None else request.temperature
         limit = self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
@@ -209,32 +167,146 @@ class EmbeddedSampler:
                     f"leave no room for a new token, because the context length is {self.context_length}"
                 )
             limit = min(limit, self.context_length - len(prompt))
-        return _Order(request, prompt, limit, temperature, stop, [None] * request.n)
+        if stop and stop not in self._finders:
+            self._finders[stop] = StopFinder(self.tokenizer, stop)
+        finder = self._finders.get(stop)
+        return Order(request, prompt, limit, temperature, finder, [None] * request.n, missing=request.n)
 
-    def _take(self, queue: deque[_Order]) -> list[_Draw]:
-        """The next wave's samples; an order leaves the queue when its last sample is taken."""
-        draws: list[_Draw] = []
-        while queue and len(draws) < self.max_rows:
-            order = queue[0]
-            end = min(order.request.n, order.taken + self.max_rows - len(draws))
-            draws += [(order, attempt) for attempt in range(order.taken, end)]
-            order.taken = end
-            if end == order.request.n:
-                queue.popleft()
-        return draws
+    def _advance(self, batch: _Batch) -> list[Order]:
+        """Decodes until at least one order is complete."""
+        done: list[Order] = []
+        while not done and (batch.queue.waiting or batch.rows is not None):
+            if self._refill_pays(batch):
+                self._refill(batch)
+            assert batch.rows is not None and batch.after is not None
+            rows, after = batch.rows, batch.after
+            cache: Any = batch.cache
+            token, logprob = draw(after.logits, rows.temperature, uniforms(rows.seed, rows.start + rows.count))
+            rows.write(token, logprob, after.loop)
+            ended = torch.isin(token, self._eos)
+            if rows.stoppable:
+                ended |= rows.at_stop(token)
+            over = (ended | (rows.count == rows.limit)) & ~rows.finished
+            rows.finished |= over
+            before, rows.gone = rows.gone, int(rows.finished.count_nonzero())
+            if rows.gone > before:
+                done = self._complete(rows, over.nonzero().squeeze(1), ended)
+            if not rows.live:
+                batch.rows = batch.after = batch.cache = None
+                continue
+            if rows.gone >= max(1.0, _COMPACT_AT * len(rows)):
+                token = token[self._compact(batch)]
+            mask = rows.mask(cache.get_seq_length() + 1)
+            batch.after = self._forward(token[:, None], rows.position[:, None], mask, cache)
+            self.stats["decode_rows"] += len(rows)
+            rows.position = rows.position + 1
+            if self.context_length is not None:
+                # Rows that finished here but are not packed away yet must not run past a position table.
+                rows.position.clamp_(max=self.context_length - 1)
+        return done
 
-    def _sample(self, draws: list[_Draw]) -> None:
-        """One wave: fills in the completions of these samples."""
+    def _refill_pays(self, batch: _Batch) -> bool:
+        """Whether waiting samples should join now.
+
+        A refill costs about as much as a step of the batch, whatever it brings in. So it is due when the places that
+        stood free since the last one add up to a step: full batches wait a little, nearly empty ones never.
+        """
+        rows = batch.rows
+        if rows is None:
+            return True
+        if not batch.queue.waiting or not self._grows:
+            return False
+        batch.lost += min(batch.queue.waiting, self.max_rows - rows.live)
+        return batch.lost >= _REFILL_AT * rows.live
+
+    def _refill(self, batch: _Batch) -> None:
+        """Fills the free places with waiting samples."""
+        rows, batch.lost = batch.rows, 0
+        if rows is not None and rows.gone:
+            assert batch.after is not None
+            batch.after = batch.after.rows(self._compact(batch))
+        draws = batch.queue.take(self.max_rows - (0 if rows is None else len(rows)))
         # Sorted, so that prompts of one length are prefilled together, and the rows of one prompt are adjacent.
         prompts = sorted(dict.fromkeys(order.prompt for order, _ in draws), key=len)
         place = {prompt: i for i, prompt in enumerate(prompts)}
-        draws = sorted(draws, key=lambda draw: place[draw[0].prompt])
+        draws = sorted(draws, key=lambda each: place[each[0].prompt])
         source = self._tensor([place[order.prompt] for order, _ in draws])
-        first, cache = self._prefill(prompts, source, room=max(order.limit for order, _ in draws))
-        outputs = self._decode(draws, first, cache)
-        columns = (outputs.tokens, outputs.logprobs, outputs.length, outputs.stopped)
-        rows = zip(draws, *(column.tolist() for column in columns), strict=True)
-        for (order, attempt), tokens, logprobs, length, stopped in rows:
+        parts, after = self._prefill(batch, prompts, source)
+        new = Rows.new(draws, self.model.device)
+        if not self._grows:
+            ((batch.cache, index),) = parts
+            select_rows(batch.cache, index)
+        else:
+            batch.cache = GrowingCache(_ROOM) if batch.cache is None else batch.cache
+            batch.cache.admit(parts)
+        if rows is None or batch.after is None:
+            batch.rows, batch.after = new, after
+        else:
+            rows.add(new, batch.cache.get_seq_length())
+            batch.after = Next.join([batch.after, after])
+        self.stats["refills"] += 1
+        self.stats["samples"] += len(draws)
+
+    def _compact(self, batch: _Batch) -> Tensor:
+        """Packs the finished rows away; int64 [live], the rows that stay."""
+        assert batch.rows is not None
+        index = _fill_holes(batch.rows.finished, batch.rows.live)
+        batch.rows.keep(index)
+        select_rows(batch.cache, index)
+        if self._grows:
+            batch.cache.drop(batch.rows.drop())
+        return index
+
+    def _prefill(self, batch: _Batch, prompts: list[Tokens], source: Tensor) -> tuple[list[tuple[Any, Tensor]], Next]:
+        """Runs each prompt once.
+
+        Args:
+            prompts: distinct, by rising length.
+            source: int64 [rows], rising: the prompt of each row.
+
+        Returns:
+            Caches, each with the rows to take of it, and what the rows draw their first tokens from.
+        """
+        parts: list[tuple[Any, Tensor]] = []
+        found: list[Next] = []
+        begun, batch.begun = batch.begun, None
+        later = batch.queue.begun() if self._grows else None
+        known = prompts.index(begun[0]) if begun is not None and begun[0] in prompts else None
+        for start, end in _groups([len(prompt) for prompt in prompts], split=self._grows, alone=known):
+            rows = source[(source >= start) & (source < end)] - start
+            if begun is not None and start == known:
+                _, cache, after = begun
+            else:
+                cache, after = self._prefill_group(prompts[start:end])
+            found.append(after.rows(rows))
+            parts.append((cache, rows))
+            if later is not None and later in prompts[start:end]:
+                one = self._tensor([prompts[start:end].index(later)])
+                kept = GrowingCache(room=0)
+                kept.admit([(cache, one)])
+                kept.drop(kept.get_seq_length() - len(later))  # what it was padded by
+                batch.begun = (later, kept, after.rows(one))
+        return parts, Next.join(found)
+
+    def _prefill_group(self, prompts: list[Tokens]) -> tuple[Any, Next]:
+        """The cache of some prompts, by rising length, and what comes after them."""
+        cache = GrowingCache(room=0) if self._grows else DynamicCache(config=self.model.config)
+        width = len(prompts[-1])
+        pads = [width - len(prompt) for prompt in prompts]
+        # Any id serves as padding: the mask hides it.
+        ids = self._tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
+        column = torch.arange(width, device=ids.device) - self._tensor(pads)[:, None]
+        self.stats["prefill_tokens"] += sum(map(len, prompts))
+        return cache, self._forward(ids, column.clamp(min=0), (column >= 0).long() if pads[0] else None, cache)
+
+    def _complete(self, rows: Rows, index: Tensor, ended: Tensor) -> list[Order]:
+        """Fills in the completions of the rows ``index``; the orders that have all of theirs now."""
+        lengths = rows.count[index]
+        longest = int(lengths.max())
+        columns = (index, lengths, ended[index], rows.tokens[index, :longest], rows.logprobs[index, :longest])
+        done: list[Order] = []
+        for row, length, stopped, tokens, logprobs in zip(*(column.tolist() for column in columns), strict=True):
+            order, attempt = rows.draws[row]
             if not math.isfinite(sum(logprobs[:length])):
                 raise UserError(f"the model's logits for {order.request.problem.uid} are not finite numbers")
             order.completions[attempt] = Completion(
@@ -242,128 +314,19 @@ class EmbeddedSampler:
                 behavior_logprobs=tuple(logprobs[:length]),
                 finish="stop" if stopped else "length",
             )
-            self.stats["decode_tokens"] += length
-        own = torch.arange(outputs.exits.shape[1], device=outputs.exits.device) < outputs.length[:, None]
-        self.stats["exit_loops"] += int(outputs.exits[own].sum())
-        self.stats["waves"] += 1
-        self.stats["samples"] += len(draws)
+            order.missing -= 1
+            if not order.missing:
+                done.append(order)
+        self.stats["decode_tokens"] += int(lengths.sum())
+        self.stats["exit_loops"] += int(rows.loops[index].sum())
+        return done
 
-    def _prefill(self, prompts: list[Tokens], source: Tensor, room: int) -> tuple[_Next, Cache]:
-        """Runs each prompt once and forks the results.
-
-        Args:
-            prompts: distinct, by rising length.
-            source: int64 [rows], rising: the prompt of each row.
-            room: how many tokens will follow at most.
-
-        Returns:
-            What the rows draw their first tokens from, and their cache, padded on the left.
-        """
-        parts: list[tuple[Any, Tensor]] = []  # caches, each with the rows to take
-        found: list[_Next] = []
-        for start, end in _groups([len(prompt) for prompt in prompts], split=self._grows):
-            cache = GrowingCache(room=0) if self._grows else DynamicCache(config=self.model.config)
-            width = len(prompts[end - 1])
-            pads = [width - len(prompt) for prompt in prompts[start:end]]
-            # Any id serves as padding: the mask hides it.
-            ids = self._tensor([[0] * pad + list(p) for pad, p in zip(pads, prompts[start:end], strict=True)])
-            column = torch.arange(width, device=ids.device) - self._tensor(pads)[:, None]
-            mask = (column >= 0).long() if pads[0] else None
-            rows = source[(source >= start) & (source < end)] - start
-            after = self._forward(ids, column.clamp(min=0), mask, cache)
-            found.append(_Next(after.logits.index_select(0, rows), after.loop.index_select(0, rows)))
-            parts.append((cache, rows))
-            self.stats["prefill_tokens"] += sum(map(len, prompts[start:end]))
-        first = _Next(torch.cat([f.logits for f in found]), torch.cat([f.loop for f in found]))
-        if self._grows:
-            return first, GrowingCache.join(parts, room=min(room, _ROOM))
-        ((cache, rows),) = parts
-        select_rows(cache, rows)
-        return first, cache
-
-    def _decode(self, draws: list[_Draw], after: _Next, cache: Cache) -> _Outputs:
-        """Draws tokens until every row has finished; ``after`` is what the prompts gave."""
-        rows = self._rows(draws)
-        steps = max(order.limit for order, _ in draws)
-        shape = (len(draws), steps)
-        outputs = _Outputs(
-            tokens=rows.seed.new_zeros(shape),
-            logprobs=after.logits.new_zeros(shape),
-            length=torch.zeros_like(rows.seed),
-            stopped=torch.zeros_like(rows.finished),
-            exits=rows.seed.new_zeros(shape),
-        )
-        width = max(len(order.prompt) for order, _ in draws)
-        finders = [self._finder(order.stop) for order, _ in draws] if any(order.stop for order, _ in draws) else None
-        gone = 0
-        for step in range(steps):
-            token, logprob = draw(after.logits, rows.temperature, uniforms(rows.seed, rows.start + step))
-            outputs.tokens[rows.index, step] = token
-            outputs.logprobs[rows.index, step] = logprob
-            outputs.exits[rows.index, step] = after.loop
-            ended = torch.isin(token, self._eos)
-            if finders:
-                ended |= self._at_stop(finders, outputs.tokens, rows, step)
-            over = (ended | (rows.limit == step + 1)) & ~rows.finished
-            rows.finished |= over
-            before, gone = gone, int(rows.finished.count_nonzero())
-            if gone > before:
-                outputs.length[rows.index[over]] = step + 1
-                outputs.stopped[rows.index[over]] = ended[over]
-            if gone == len(token):
-                break
-            if gone >= max(1.0, _COMPACT_AT * len(token)):
-                index = _fill_holes(rows.finished, len(token) - gone)
-                rows.keep(index)
-                select_rows(cache, index)
-                token, gone = token[index], 0
-            mask = None if rows.mask is None else rows.mask[:, : width + step + 1]
-            after = self._forward(token[:, None], rows.position[:, None], mask, cache)
-            self.stats["decode_rows"] += len(token)
-            rows.position += 1
-            if self.context_length is not None:
-                # Rows that finished here but are not packed away yet must not run past a position table.
-                rows.position.clamp_(max=self.context_length - 1)
-        return outputs
-
-    def _rows(self, draws: list[_Draw]) -> _Rows:
-        lengths = self._tensor([len(order.prompt) for order, _ in draws])
-        width, shortest = int(lengths.max()), int(lengths.min())
-        limit = self._tensor([order.limit for order, _ in draws])
-        columns = torch.arange(width + int(limit.max()), device=lengths.device)
-        return _Rows(
-            index=torch.arange(len(draws), device=lengths.device),
-            seed=self._tensor([order.request.seeds[attempt] for order, attempt in draws]),
-            start=self._tensor([len(order.request.prefix) for order, _ in draws]),
-            position=lengths.clone(),
-            limit=limit,
-            temperature=torch.tensor([order.temperature for order, _ in draws], device=lengths.device),
-            finished=torch.zeros_like(limit, dtype=torch.bool),
-            mask=None if width == shortest else (columns >= (width - lengths)[:, None]).long(),
-        )
-
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> _Next:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Next:
         """What the model makes of the tokens ``ids`` [rows, new] that come after the cache."""
         extra = self._extra | {"position_ids": positions} if self._takes_positions else self._extra
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         loops = getattr(output, "exit_loops", None)
-        return _Next(output.logits[:, -1].float(), ids.new_zeros(len(ids)) if loops is None else loops[:, -1])
-
-    def _finder(self, stop: tuple[str, ...]) -> StopFinder | None:
-        if stop and stop not in self._finders:
-            self._finders[stop] = StopFinder(self.tokenizer, stop)
-        return self._finders.get(stop)
-
-    def _at_stop(self, finders: list[StopFinder | None], tokens: Tensor, rows: _Rows, step: int) -> Tensor:
-        """bool [live rows]: whether the token of this step completes one of the row's stop strings."""
-        found = torch.zeros_like(rows.finished)
-        index = rows.index.tolist()
-        for row, token in enumerate(tokens[rows.index, step].tolist()):
-            finder = finders[index[row]]
-            if finder is not None and finder.may_end(token):
-                recent = tokens[index[row], max(0, step + 1 - finder.window) : step + 1]
-                found[row] = finder.ends(recent.tolist())
-        return found
+        return Next(output.logits[:, -1].float(), ids.new_zeros(len(ids)) if loops is None else loops[:, -1])
 
     def _tensor(self, numbers: Sequence) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.model.device)
@@ -398,7 +361,7 @@ def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # Above 0 and at most the total, so the first entry to reach it exists and is above the one before.
     threshold = uniform[:, None] * cdf[:, -1:]
-    # The clamp is for NaN alone: such a row is reported at the end of the wave and must not crash before.
+    # The clamp is for NaN alone: such a row is reported when it ends and must not crash before.
     return torch.searchsorted(cdf, threshold).squeeze(1).clamp_(max=logprobs.shape[1] - 1)
 
 
@@ -409,11 +372,15 @@ def _fill_holes(finished: Tensor, live: int) -> Tensor:
     return index
 
 
-def _groups(lengths: list[int], split: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of rising lengths to prefill together: within the budget, and no prompt padded to over twice itself."""
+def _groups(lengths: list[int], *, split: bool, alone: int | None) -> Iterator[tuple[int, int]]:
+    """Ranges of rising lengths to prefill together: within the budget, and no prompt padded to over twice itself.
+
+    The one at ``alone`` is a range of its own.
+    """
     start = 0
     for i, length in enumerate(lengths):
-        if split and i > start and ((i - start + 1) * length > _PREFILL_TOKENS or length > 2 * lengths[start]):
+        large = (i - start + 1) * length > _PREFILL_TOKENS or length > 2 * lengths[start]
+        if i > start and split and (large or alone in (i - 1, i)):
             yield start, i
             start = i
     yield start, len(lengths)

@@ -212,6 +212,7 @@ def test_on_done_may_ask_for_more(qwen, tokenizer):
 
     sampler = EmbeddedSampler(qwen, tokenizer, max_new_tokens=4, max_rows=2)
     assert isinstance(sampler, Sampler)
+    sampler._eos = sampler._eos[:0]
     sampler.run([ask(context, 3)], on_done)
     assert order == [("fresh", 3)] + [("reset", 1)] * 3 + [("again", 1)] * 3
     assert all(modes)
@@ -226,8 +227,88 @@ def test_stats_count_each_prompt_once(qwen, tokenizer):
     seconds = sampler.stats.pop("seconds")
     assert seconds > 0
     assert sampler.stats == {
-        "waves": 1, "samples": 7, "prefill_tokens": 13, "decode_tokens": 35, "decode_rows": 28, "exit_loops": 0
+        "refills": 1, "samples": 7, "prefill_tokens": 13, "decode_tokens": 35, "decode_rows": 28, "exit_loops": 0
     }  # fmt: skip
+
+
+def test_a_request_is_reported_at_once_and_what_it_asks_for_takes_its_place(qwen, tokenizer):
+    # Two places. 3 tokens, then 4 more in the place that falls free, beside one row of 9.
+    short, long = contexts(5, 7)
+    requests = [ask(long, max_new_tokens=9), ask(short, index=1, max_new_tokens=3)]
+    order = []
+
+    def on_done(request, completions):
+        order.append((request.problem.index, request.origin, sampler.stats["decode_rows"]))
+        if request.origin == "fresh" and request.problem.index == 1:
+            return [replace(request, max_new_tokens=4, origin="hinted")]
+        return ()
+
+    sampler = EmbeddedSampler(qwen, tokenizer, max_rows=2)
+    sampler._eos = sampler._eos[:0]
+    sampler.run(requests, on_done)
+    # Rows computed after the first tokens: 2 steps of both and 1 of the long one alone (what is reported then joins
+    # behind it) are 5; 3 of both and 1 of the long one are 7 more; 1 more for its ninth token.
+    assert order == [(1, "fresh", 5), (1, "hinted", 12), (0, "fresh", 13)]
+    assert sampler.stats["refills"] == 2
+
+
+def test_what_is_kept_of_a_padded_prompt_starts_an_empty_batch(model, tokenizer):
+    # Ten places take 7 of the first and 3 of the second, padded by 3. All end at once; the other 4 are then alone.
+    requests = [ask(p, 7, index=i, seed=i) for i, p in enumerate(contexts(9, 6))]
+    few, many = (EmbeddedSampler(model, tokenizer, max_new_tokens=8, max_rows=rows) for rows in (10, 14))
+    few._eos = many._eos = many._eos[:0]
+    assert drawn(few, requests) == drawn(many, requests)
+    assert (few.stats["prefill_tokens"], few.stats["refills"]) == (15, 2)
+
+
+@pytest.mark.parametrize("max_rows", [3, 5])
+def test_a_group_that_joins_in_parts_is_prefilled_once(model, tokenizer, max_rows):
+    requests = [ask(p, 7, index=i, seed=i, max_new_tokens=3 + 4 * i) for i, p in enumerate(contexts(9, 4, 6))]
+    sampler = EmbeddedSampler(model, tokenizer, max_rows=max_rows)
+    assert drawn(sampler, requests) == drawn(EmbeddedSampler(model, tokenizer), requests)
+    assert sampler.stats["prefill_tokens"] == 19
+    assert sampler.stats["refills"] > 3
+
+
+def test_places_do_not_stand_empty(qwen, tokenizer):
+    # 40 samples of 1 to 20 tokens in 8 places: waves of 8 would take 5 x 20 steps at worst.
+    requests = [ask(p, index=i, max_new_tokens=1 + i % 20) for i, p in enumerate(contexts(*[5] * 40))]
+    sampler = EmbeddedSampler(qwen, tokenizer, max_rows=8)
+    sampler._eos = sampler._eos[:0]
+    widths, forward = [], sampler._forward
+
+    def noted(ids, positions, mask, cache):
+        if ids.shape[1] == 1:
+            widths.append((len(ids), cache.get_seq_length() + 1))
+        return forward(ids, positions, mask, cache)
+
+    sampler._forward = noted
+    collect(sampler, requests)
+    rows = sum(n for n, _ in widths)
+    assert rows == sampler.stats["decode_rows"]
+    assert rows / (8 * len(widths)) > 0.65
+    # Columns follow the live rows: a prompt and 20 tokens, though the batch went on for much longer.
+    assert max(width for _, width in widths) <= 25 < len(widths)
+
+
+@pytest.mark.parametrize("max_rows", [4, 256])
+def test_the_same_requests_give_the_same_bits(model, tokenizer, max_rows):
+    def once():
+        events = []
+
+        def on_done(request, completions):
+            events.append((request.problem.index, request.origin, tuple(completions)))
+            if request.origin == "fresh":
+                return [replace(request, n=1, seeds=(7,), prefix=completions[0].tokens[:3], origin="reset")]
+            return ()
+
+        EmbeddedSampler(model, tokenizer, max_new_tokens=12, max_rows=max_rows).run(requests, on_done)
+        return events
+
+    requests = [ask(p, 3, index=i, seed=i) for i, p in enumerate(contexts(3, 14, 5, 9, 5))]
+    first = once()
+    assert len(first) == 10
+    assert first == once()
 
 
 def test_sampling_follows_the_softmax(model, tokenizer):
@@ -252,10 +333,10 @@ def test_prompts_without_room_are_refused_before_anything_is_drawn(qwen, tokeniz
     good, long = ask(contexts(5)[0]), ask(contexts(15)[0], index=7, prefix=(4,) * 5)
     with pytest.raises(UserError, match=r"toy/test/7.*15 tokens.*prefix of 5.*20"):
         sampler.run([good, long], lambda request, completions: ())
-    assert sampler.stats["waves"] == 0
+    assert sampler.stats["refills"] == 0
     with pytest.raises(UserError, match="toy/test/7"):
         sampler.run([good], lambda request, completions: [long])
-    assert sampler.stats["waves"] == 1
+    assert sampler.stats["refills"] == 1
 
 
 @pytest.mark.parametrize(
