@@ -112,8 +112,10 @@ def test_idle_workers_that_died_cost_no_attempt(trial_function):
     with Pool(1) as pool:
         one(pool, "echo", value=1)
         assert wait_until(lambda: len([worker for worker in pool._alive if worker.layers]) == 2)
-        for worker in list(pool._alive):  # the idle one and the spare: two attempts would be lost on them
+        workers = list(pool._alive)  # the idle one and the spare: two attempts would be lost on them
+        for worker in workers:
             worker.kill()
+        assert wait_until(lambda: not any(worker.is_alive() for worker in workers))
         assert one(pool, "echo", value=2).value == 2
 
 
