@@ -274,7 +274,7 @@ def test_a_method_of_ones_own(mine):
     ("name", "message"),
     [
         ("sized", "method.size: .*mine.py:sized has no default for it"),
-        ("size", r"has no function 'size' \(did you mean 'sized'\?\)"),
+        ("size", r"has no 'size' \(did you mean 'sized'\?\)"),
         ("wrong", "returns int, not a Method or a Schedule"),
     ],
 )

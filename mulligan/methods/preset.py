@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -16,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from mulligan.errors import UserError, nearest
 from mulligan.method import Method
 from mulligan.schedule import Schedule
+from mulligan.userfile import load_from_file
 
 _METHOD = "method"  # the parameter that takes another method, as dsrl's does
 
@@ -107,24 +105,11 @@ def from_file(text: str) -> Preset:
     Raises:
         UserError: no such file or function, or the file fails.
     """
-    file, _, name = text.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"method.name: {path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"mulligan_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"method.name: {path} fails: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
+    found = load_from_file("method.name", text)
     if isinstance(found, Method | Schedule):
         return Preset(text, _always(found))
     if not callable(found):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        raise UserError(f"method.name: {path} has no function '{name}'{nearest(name, known)}")
+        raise UserError(f"method.name: '{text}' is neither a method nor a function that makes one")
     return Preset(text, cast(Callable[..., Method | Schedule], found))
 
 
