@@ -1,10 +1,10 @@
 """The learner's forward and backward pass: rows as trees against rows padded side by side, in one run.
 
-    python benchmarks/learner.py [--prompts 8] [--pairs 5] [--json]
+    python benchmarks/learner.py [--prompts 8] [--pairs 5] [--dtype float32] [--json]
 
 A work is a batch of groups of 8 rows, scored and differentiated in micro-batches of the default budget. The two layouts
 take turns, so that a busy machine is busy for both; a ratio is the median of the pairs' time(flat) / time(trees).
-``chosen`` is what the learner takes by its cost model, which has to be the faster one.
+``chosen`` is what the learner takes by its cost model, which has to be the faster one. On CUDA where there is one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
+from device import best_device, seconds_of
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -93,13 +93,13 @@ def small_qwen() -> PreTrainedModel:
 
 def trained(model: PreTrainedModel, items: list[Item], layout: Layout) -> float:
     """Seconds for loss and gradient of all items."""
-    started = time.perf_counter()
-    for part, trees in layout:
-        batch = pack([items[i] for i in part], 0, model.device, trees)
-        (-score(model, batch).logprobs[-1].mean()).backward()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+
+    def work() -> None:
+        for part, trees in layout:
+            batch = pack([items[i] for i in part], 0, model.device, trees)
+            (-score(model, batch).logprobs[-1].mean()).backward()
+
+    seconds = seconds_of(work, model.device)
     model.zero_grad(set_to_none=True)
     return seconds
 
@@ -127,10 +127,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    parser.add_argument("--dtype", choices=dtypes, help="of the weights; default: float32, and bfloat16 on CUDA")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     chosen = parser.parse_args()
+    device = best_device()
+    dtype = dtypes[chosen.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     table = Table("work", "padded tokens", "unique tokens", "flat s", "trees s", "flat / trees", "chosen")
-    for name, model in {"1.1M Qwen3": small_qwen(), "looped pico": load_model("pico", device="cpu").model}.items():
+    for name, model in {"1.1M Qwen3": small_qwen(), "looped pico": load_model("pico").model}.items():
+        torch.nn.Module.to(model, device)
+        for weight in model.parameters():  # not the buffers: rotary tables are never rounded
+            weight.data = weight.data.to(dtype)
         if not shares_prefixes(model):
             raise SystemExit(f"{name} reads flat batches alone")
         for work in WORKS:

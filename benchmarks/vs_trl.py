@@ -1,45 +1,52 @@
 """A whole GRPO step of TRL against one of ours: same model directory, prompts, rewards, group size and lengths.
 
-    python benchmarks/vs_trl.py [--rows 0,2] [--pairs 5] [--json]
+    python benchmarks/vs_trl.py [--rows 0,1,2,3,4] [--pairs 5] [--json]
 
-prints one table (``--json``: one object a row with ``work``, ``ratio``, ``goal``). Wants TRL. Steps of the two
-alternate in one process, so that a busy machine is busy for both; the ratio is the median over the pairs of
-time(TRL) / time(ours). TRL runs with the fastest of the settings that are tried first: batch size, cache and precision.
+prints one table (``--json``: one object a row with ``work``, ``ratio``, ``goal``). Wants TRL:
+pip install 'mulligan[trl]'. Steps of the two alternate in one process, so that a busy machine is busy for both; the
+ratio is the median over the pairs of time(TRL) / time(ours), with the least and the largest beside it. Rows 0 to 3 take
+one to five minutes each of one quiet core; row 4 is the time to an accuracy, a table of its own
+(``time_to_accuracy.py``).
 
-Beside it stands the machine's own limit: the floating-point operations that a step cannot avoid, divided by the fastest
-matrix product measured in the same run.
+TRL runs with the fastest of the settings that are tried first (``peer_trl.py`` says which, and what was tried by hand):
+completions a forward pass, precision, attention, cache. Of row 3 our precision is looked for in the same way; else ours
+are the defaults. Both sides have float32 master weights, the same fused AdamW and the same clipping, and one update a
+step over all rows. The run ends where either sampled or trained another number of rows, where TRL's responses are of
+another length than ours beyond chance (4 standard errors), or where the optimizers differ.
+
+``least s`` is the machine's own limit: the floating-point operations that a step cannot avoid, divided by the fastest
+matrix product measured in the same run. Each weight of the layers is multiplied once a token in sampling (2 operations)
+and three times in learning (6), a prompt's tokens counting once a group, not once a response; attention takes 4
+operations a layer, channel and token looked at in sampling and 12 in learning; the head works on response tokens alone.
+``at its shapes`` divides the same operations by what the model's own matrix products reach, of as many rows as decode
+(sampling) or a micro-batch (learning) has: what is left beyond it is attention, normalisation, all that is no product.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import itertools
 import json
-import logging
+import math
 import random
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_trl import Order, Ours, best_setting, check_work, hush, need_trl, our_optimizer, synchronise, train_trl
 from rich.console import Console
 from rich.table import Table
 from workload import WORDS, Work, make_model
 
 from mulligan.config import validate
-from mulligan.log import RunLog, read_metrics
-from mulligan.session import Session, prepare
-from mulligan.stopping import Stopper
-from mulligan.train import one_step
+from mulligan.models.loading import load_model
+from mulligan.session import prepare
 
-LEARNING_RATE = 1e-6
+RATE = 1e-6
 ROWS = (
     Work(name="1.1M, 16-token prompts, 64 new", goal=1.5),
     Work(name="1.1M, 16-token prompts, mean 64, at most 256 new", goal=3.0, new=256, mean=64),
@@ -52,31 +59,13 @@ REWARD = '''"""Half of the completions are right, whoever writes them."""
 def even(completions, **columns):
     return [float(len(text) % 2 == 0) for text in completions]
 '''
-
-
-TRL_LENGTHS: list[int] = []
+Precision = tuple[str, str]  # of the weights that sample, and of the learner's passes
+MICRO_BATCH = 16_384  # tokens, ours by default
 
 
 def even(completions: list[str], **columns: Any) -> list[float]:
-    """As the file above, for TRL; it notes how much was sampled."""
-    TRL_LENGTHS.extend(map(len, columns["completion_ids"]))
+    """As the file above, for TRL."""
     return [float(len(text) % 2 == 0) for text in completions]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How TRL is run."""
-
-    batch: int = 256  # completions a forward pass; the rest is accumulated
-    cache: str | None = None
-    precision: str = "float32"
-
-
-class Quiet:
-    """Our reporter, which says nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
 
 
 def prompts_of(work: Work, count: int) -> list[str]:
@@ -85,22 +74,22 @@ def prompts_of(work: Work, count: int) -> list[str]:
     return [" ".join(str(rng.randrange(WORDS)) for _ in range(work.prompt)) for _ in range(count)]
 
 
-def our_session(work: Work, folder: Path) -> Session:
-    """A run over the same prompts and rewards."""
+def our_run(work: Work, folder: Path, precision: Precision, name: str) -> Ours:
+    """A run over the same prompts and rewards; ``name`` is that of its directory."""
+    out = folder / name
     (folder / "reward.py").write_text(REWARD)
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts_of(work, 4 * work.prompts)]
-    rows = work.prompts * work.samples
     data = folder / "data"
     data.mkdir(exist_ok=True)
     (data / "train.jsonl").write_text("\n".join(lines) + "\n")
     (data / "test.jsonl").write_text(json.dumps({"prompt": "1 2 3"}) + "\n")
     (data / "dev.jsonl").write_text(json.dumps({"prompt": "4 5 6"}) + "\n")
-    return prepare(
+    session = prepare(
         validate(
             {
                 "steps": 10_000,
-                "out": str(folder / "ours"),
-                "model": {"name": str(folder / "model")},
+                "out": str(out),
+                "model": {"name": str(folder / "model"), "compute_dtype": precision[1]},
                 "task": {
                     "name": "jsonl",
                     "path": str(data),
@@ -111,176 +100,225 @@ def our_session(work: Work, folder: Path) -> Session:
                 "sampling": {
                     "prompts": work.prompts,
                     "max_new_tokens": work.new,
-                    "max_rows": rows,
+                    "max_rows": work.prompts * work.samples,
+                    "dtype": precision[0],
                 },
-                "optimizer": {"learning_rate": LEARNING_RATE, "betas": [0.9, 0.999]},
+                "optimizer": our_optimizer(RATE),
                 "log": {"samples": False},
             }
         )
     )
+    return Ours(session, out)
 
 
-def trl_trainer(work: Work, folder: Path, setting: Setting, steps: int, after: Callable[[float], None]) -> Any:
-    """TRL's trainer on the same prompts and rewards.
+def best_precision(work: Work, folder: Path, say: Callable[[str], None]) -> Precision:
+    """The fastest of ours, by the second of two steps."""
+    full, half = "float32", "bfloat16"
+    if half not in work.precisions:
+        return full, full
+    found = {}
+    for precision in ((full, full), (half, full), (half, half)):
+        ours = our_run(work, folder, precision, "-".join(precision))
+        found[precision] = [ours.step() for _ in range(2)][-1]
+        ours.close(work.prompts * work.samples)
+        say(f"ours, sampling {precision[0]}, learning {precision[1]}: {found[precision]:.2f} s")
+    return min(found, key=lambda precision: found[precision])
+
+
+# ---- the machine's limit --------------------------------------------------------------------------------------------
+
+
+def product_rate(m: int, k: int, n: int, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of [m, k] x [k, n], the best of some tries."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
+        synchronise()
+        begun = time.perf_counter()
+        a @ b
+        synchronise()
+        best = min(best, time.perf_counter() - begun)
+    return 2.0 * m * k * n / best
+
+
+def ceiling(dtype: torch.dtype) -> float:
+    """Of the fastest of some square products."""
+    sizes = (512, 1024, 2048, 8192) if torch.cuda.is_available() else (512, 1024, 2048)
+    return max(product_rate(size, size, size, dtype) for size in sizes)
+
+
+@dataclass(frozen=True)
+class Least:
+    """Operations that a step cannot avoid."""
+
+    sampling: float
+    learning: float
+
+
+def least_operations(work: Work, model: torch.nn.Module, lengths: list[int]) -> Least:
+    """Counted as the text above says.
 
     Args:
-        after: is called behind every step with its seconds; its own time is not TRL's.
+        lengths: of some responses; their mean stands for a step's.
     """
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        begun = 0.0
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            after(time.perf_counter() - self.begun)
-
-    return GRPOTrainer(
-        model=str(folder / "model"),
-        reward_funcs=even,
-        args=GRPOConfig(
-            output_dir=str(folder / "trl"),
-            use_cpu=not torch.cuda.is_available(),
-            per_device_train_batch_size=setting.batch,
-            gradient_accumulation_steps=work.prompts * work.samples // setting.batch,
-            num_generations=work.samples,
-            max_completion_length=work.new,
-            cache_implementation=setting.cache,
-            bf16=setting.precision == "bfloat16",
-            model_init_kwargs={"dtype": "float32"},  # master weights; bfloat16 is by autocast
-            temperature=1.0,
-            beta=0.0,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            max_steps=steps,
-            gradient_checkpointing=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": prompts_of(work, 4 * work.prompts)}),
-        callbacks=[Clock()],
-    )
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel()
+    rows, count = work.prompts * work.samples, len(lengths)
+    new = rows * sum(lengths) / count
+    products = body * work.prompts * work.prompt + (body + head) * new
+    # Token i of a prompt looks at i tokens, and one of a response at its prompt too.
+    seen = work.prompts * work.prompt**2 / 2 + rows * sum(work.prompt * n + n * n / 2 for n in lengths) / count
+    looks = work.layers * work.width * seen
+    return Least(sampling=2 * products + 4 * looks, learning=6 * products + 12 * looks)
 
 
-def train_trl(work: Work, folder: Path, setting: Setting, steps: int, after: Callable[[float], None]) -> None:
-    """Runs TRL for some steps."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = trl_trainer(work, folder, setting, steps, after)
-        trainer.train()
+def limits(work: Work, model: torch.nn.Module, lengths: list[int], precision: Precision) -> dict[str, float]:
+    """Seconds that a step takes at least, and the numbers that they follow from."""
+    least = least_operations(work, model, lengths)
+    kinds = [getattr(torch, name) for name in precision]
+    tops = [ceiling(kind) for kind in kinds]
+    rows = work.prompts * work.samples
+    wide = (work.width, 3 * work.width)
+    own = [product_rate(m, *wide, kind) for m, kind in zip((rows, MICRO_BATCH), kinds, strict=True)]
+    return {
+        "least_seconds": least.sampling / tops[0] + least.learning / tops[1],
+        "seconds_at_its_shapes": least.sampling / own[0] + least.learning / own[1],
+        "gflop_sampling": least.sampling / 1e9,
+        "gflop_learning": least.learning / 1e9,
+        "gflops_ceiling_sampling": tops[0] / 1e9,
+        "gflops_ceiling_learning": tops[1] / 1e9,
+        "gflops_own_sampling": own[0] / 1e9,
+        "gflops_own_learning": own[1] / 1e9,
+    }
 
 
-def best_setting(work: Work, folder: Path, say: Callable[[str], None]) -> Setting:
-    """The fastest of TRL's settings, by the second of two steps."""
-    found: dict[Setting, float] = {}
-    candidates = [Setting(b, c, p) for p, b, c in itertools.product(work.precisions, (256, 64), (None, "static"))]
-    for setting in candidates:
-        times: list[float] = []
-        try:
-            train_trl(work, folder, setting, 2, times.append)
-        except Exception as error:  # a setting that this release or machine cannot do is not its best one
-            say(f"TRL cannot run {setting}: {str(error).splitlines()[0][:100] if str(error) else type(error).__name__}")
-            continue
-        found[setting] = times[-1]
-        say(f"TRL {setting}: {times[-1]:.2f} s")
-    return min(found, key=lambda setting: found[setting])
+# ---- a row ----------------------------------------------------------------------------------------------------------
 
 
-def ceiling(dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations a second of the fastest of some matrix products."""
-    best = 0.0
-    for size in (512, 1024, 2048):
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        for _ in range(4):
-            begun = time.perf_counter()
-            a @ b
-            best = max(best, 2 * size**3 / (time.perf_counter() - begun))
-    return best
+def check_lengths(theirs: list[int], total: int, count: int) -> None:
+    """Whether both sampled responses of the same length, as far as chance allows.
 
-
-def least_operations(work: Work, parameters: int, length: float) -> float:
-    """What a step cannot avoid: sampling each token once (2 operations a weight), and forward and backward over the
-    group's unique tokens (6)."""
-    tokens = work.prompts * (work.prompt + work.samples * length)
-    return 8.0 * parameters * tokens
+    Args:
+        theirs: TRL's, each.
+        total: tokens of our responses.
+        count: our responses.
+    """
+    gap = statistics.mean(theirs) - total / count
+    allowed = 4 * statistics.pstdev(theirs) * math.sqrt(1 / len(theirs) + 1 / count)
+    if abs(gap) > allowed:
+        raise SystemExit(f"TRL's responses are {gap:+.2f} tokens longer than ours; chance allows {allowed:.2f}")
 
 
 def measure(work: Work, pairs: int, say: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = make_model(work, folder / "model")
-        session = our_session(work, folder)
-        setting = best_setting(work, folder, say)
+        order = Order(
+            model=folder / "model",
+            prompts=prompts_of(work, 4 * work.prompts),
+            reward=even,
+            width=work.prompts,
+            samples=work.samples,
+            new=work.new,
+            rate=RATE,
+        )
+        setting = best_setting(order, folder / "search", say)
+        precision = best_precision(work, folder, say)
+        ours, steps = our_run(work, folder, precision, "ours"), pairs + 1
         theirs: list[float] = []
-        ours: list[float] = []
-        lengths: list[float] = []
-        stopper = Stopper()
-        with RunLog(folder / "ours") as log:
+        mine: list[float] = []
 
-            def mine(seconds: float) -> None:
-                theirs.append(seconds)
-                begun = time.perf_counter()
-                one_step(session, log, Quiet(), stopper)
-                ours.append(time.perf_counter() - begun)
+        def pair(seconds: float, _: Any) -> bool:
+            theirs.append(seconds)
+            mine.append(ours.step())
+            return False
 
-            TRL_LENGTHS.clear()
-            train_trl(work, folder, setting, pairs + 1, mine)
-            lengths = [record["rollout/length"] for record in read_metrics(folder / "ours" / "metrics.jsonl")]
-        theirs, ours = theirs[1:], ours[1:]  # the first of each warms up
-        limit = least_operations(work, parameters, statistics.mean(lengths)) / ceiling()
+        done = train_trl(order, setting, steps, pair, folder / "trl")
+        last = ours.close(work.prompts * work.samples)
+        check_work(done, order, steps)
+        check_lengths(done.lengths, last["total/tokens"], last["total/samples"])
+        model = load_model(str(folder / "model")).model
+        ratios = sorted(a / b for a, b in zip(theirs[1:], mine[1:], strict=True))  # the first of each warms up
         return {
             "work": work.name,
-            "ratio": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
+            "ratio": statistics.median(ratios),
             "goal": work.goal,
-            "trl_seconds": statistics.median(theirs),
-            "our_seconds": statistics.median(ours),
-            "least_seconds": limit,
+            "ratio_least": ratios[0],
+            "ratio_largest": ratios[-1],
+            "trl_seconds": statistics.median(theirs[1:]),
+            "our_seconds": statistics.median(mine[1:]),
+            **limits(work, model, done.lengths, precision),
             "parameters": parameters,
-            "trl_length": statistics.mean(TRL_LENGTHS),
-            "our_length": statistics.mean(lengths),
-            "trl_setting": f"batch {setting.batch}, {setting.cache or 'dynamic'} cache, {setting.precision}",
+            "trl_length": statistics.mean(done.lengths),
+            "our_length": last["total/tokens"] / last["total/samples"],
+            "trl_setting": str(setting),
+            "our_setting": f"sampling {precision[0]}, learning {precision[1]}",
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="0,1,2,3", help="which rows of the table")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    err = Console(stderr=True)
-    rows = []
-    for index in map(int, arguments.rows.split(",")):
-        row = measure(ROWS[index], arguments.pairs, lambda text: err.print(text, highlight=False))
-        rows.append(row)
-        if arguments.json:
-            print(json.dumps(row), flush=True)
-    if arguments.json:
-        return
+def print_steps(rows: list[dict[str, Any]], console: Console) -> None:
+    """The table of steps, and where its limits come from."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("work", "TRL s", "ours s", "ratio", "goal", "least s", "lengths", "TRL's best setting"):
-        table.add_column(column, justify="left" if column in ("work", "TRL's best setting") else "right")
+    names = ("work", "TRL s", "ours s", "ratio", "range", "goal", "least s", "at its shapes s", "lengths")
+    for name in names:
+        table.add_column(name, justify="left" if name == "work" else "right")
     for row in rows:
         table.add_row(
             row["work"],
             f"{row['trl_seconds']:.2f}",
             f"{row['our_seconds']:.2f}",
             f"{row['ratio']:.2f}",
+            f"{row['ratio_least']:.2f}-{row['ratio_largest']:.2f}",
             f"{row['goal']:g}",
             f"{row['least_seconds']:.2f}",
+            f"{row['seconds_at_its_shapes']:.2f}",
             f"{row['trl_length']:.1f} / {row['our_length']:.1f}",
-            row["trl_setting"],
         )
-    Console(width=140).print(table)
+    console.print(table)
+    for row in rows:
+        console.print(
+            f"{row['work']}: TRL {row['trl_setting']}; ours {row['our_setting']}. Least: "
+            f"{row['gflop_sampling']:.0f} GFLOP / {row['gflops_ceiling_sampling']:.0f} GFLOP/s + "
+            f"{row['gflop_learning']:.0f} / {row['gflops_ceiling_learning']:.0f}; at its shapes "
+            f"{row['gflops_own_sampling']:.0f} and {row['gflops_own_learning']:.0f} GFLOP/s",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="0,1,2,3,4", help="which rows of the table; 4: time to an accuracy")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    arguments = parser.parse_args()
+    chosen = arguments.rows.split(",")
+    if unknown := [row for row in chosen if row not in list("01234")]:
+        raise SystemExit(f"--rows: there is no row '{unknown[0]}'; they are 0 to 4")
+    if arguments.pairs < 1:
+        raise SystemExit(f"--pairs is {arguments.pairs}, but must be at least 1")
+    need_trl()
+    hush()
+    err, out = Console(stderr=True), Console(width=140)
+
+    def say(text: str) -> None:
+        err.print(text, highlight=False)
+
+    rows = []
+    for index in sorted(int(row) for row in chosen if row != "4"):
+        rows.append(measure(ROWS[index], arguments.pairs, say))
+        if arguments.json:
+            print(json.dumps(rows[-1]), flush=True)
+    if rows and not arguments.json:
+        print_steps(rows, out)
+    if "4" in chosen:
+        import time_to_accuracy
+
+        row = time_to_accuracy.measure(say)
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        else:
+            time_to_accuracy.print_table(row, out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS, UNK = range(3)
-WORDS = 500  # tokens beside those
+WORDS = 500  # tokens beside those, where a work does not say
 HEAD = 32  # width of an attention head
 
 
@@ -28,8 +28,14 @@ class Work:
     samples: int = 8  # of each prompt
     prompt: int = 16  # tokens
     new: int = 64  # tokens of a response at most
+    vocabulary: int = UNK + 1 + WORDS  # tokens
     mean: int | None = None  # of a response without the limit; None: each has ``new`` tokens
     precisions: tuple[str, ...] = ("float32",)
+
+    @property
+    def words(self) -> int:
+        """Tokens beside padding, EOS and unknown."""
+        return self.vocabulary - UNK - 1
 
 
 def make_model(work: Work, folder: Path) -> int:
@@ -40,7 +46,7 @@ def make_model(work: Work, folder: Path) -> int:
     channel alone, and those of the words from the others.
     """
     torch.manual_seed(0)
-    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *map(str, range(WORDS))])}
+    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *map(str, range(work.words))])}
     inner = Tokenizer(models.WordLevel(tokens, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -54,7 +60,7 @@ def make_model(work: Work, folder: Path) -> int:
         num_attention_heads=work.width // HEAD,
         num_key_value_heads=work.width // HEAD,
         head_dim=HEAD,
-        max_position_embeddings=2048,
+        max_position_embeddings=max(2048, work.prompt + work.new),
         tie_word_embeddings=False,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -69,8 +75,9 @@ def make_model(work: Work, folder: Path) -> int:
             layer.mlp.down_proj.weight[0] = 0.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[[PAD, EOS]] = 0.0
-        states = model.model(torch.arange(EOS + 1, len(tokens))[None]).last_hidden_state[0]
-        # Log of the summed weights of all words; EOS at this much minus log(mean - 1) has probability 1 / mean.
+        states = model.model(torch.arange(EOS + 1, min(len(tokens), UNK + 1 + WORDS))[None]).last_hidden_state[0]
+        # Log of the summed weights of all words, behind some of them; EOS at this much minus log(mean - 1) has
+        # probability 1 / mean.
         total = (states @ model.lm_head.weight[UNK:].T).logsumexp(-1).mean()
         unit = states[:, 0].mean()
         model.lm_head.weight[PAD, 0] = -20.0 / unit
@@ -86,5 +93,5 @@ def make_model(work: Work, folder: Path) -> int:
 def make_prompts(work: Work) -> list[tuple[int, ...]]:
     """Distinct random prompts of words."""
     generator = torch.Generator().manual_seed(1)
-    words = torch.randint(UNK + 1, UNK + 1 + WORDS, (work.prompts, work.prompt), generator=generator)
+    words = torch.randint(UNK + 1, work.vocabulary, (work.prompts, work.prompt), generator=generator)
     return [tuple(row) for row in words.tolist()]

@@ -63,7 +63,7 @@ def train(
     session = prepare(run)
     if dry_run:
         out.print(to_toml(session.resolved), highlight=False, markup=False, soft_wrap=True, end="")
-        for note in session.task.notes():
+        for note in [*session.task.notes(), *session.learner.notes()]:
             out.print(f"# {note}", highlight=False, markup=False, soft_wrap=True)
         for note in session.notes:
             out.print(f"# contract holds: {note}", highlight=False, markup=False, soft_wrap=True)

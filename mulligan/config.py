@@ -39,6 +39,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the weights; 'auto': float32, and bfloat16 below an adapter on CUDA"
     )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the learner's passes; 'auto': the weights'; 'bfloat16' over float32 weights: mixed precision",
+    )
     device: str = Field(default="auto", description="'auto' (CUDA when present), 'cpu', 'cuda', 'cuda:1', ...")
     trust_remote_code: bool = False
     loops: int | None = Field(
@@ -83,6 +87,10 @@ class SamplingSection(Section):
     max_new_tokens: int = Field(default=128, ge=1, description="longest response")
     max_rows: int = Field(default=256, ge=1, description="samples that decode at a time")
     stop: list[str] = Field(default=[], description="strings that end a response beside EOS")
+    dtype: Literal["auto", "float32", "bfloat16", "measured"] = Field(
+        default="auto",
+        description="of the weights that sample; 'auto': the model's own; 'measured': bfloat16 where it is faster here",
+    )
     draws: int = Field(default=10, ge=1, description="dynamic sampling draws at most this often `prompts`")
 
 
@@ -105,7 +113,11 @@ class OptimizerSection(Section):
     clip_norm: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 is off")
     updates_per_batch: int = Field(default=1, ge=1, description="optimizer steps into which a batch is cut")
     epochs: int = Field(default=1, ge=1, description="passes over a batch")
-    tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    tokens_per_micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="of the learner's passes, at most; empty: 4,096 on the CPU (its caches), 16,384 elsewhere",
+    )
     share_prefixes: bool = Field(default=True, description="compute once what rows begin with alike, where possible")
 
 

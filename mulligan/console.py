@@ -48,7 +48,7 @@ class ConsoleReporter:
             markup=False,
             soft_wrap=True,
         )
-        for note in session.task.notes():
+        for note in (*session.task.notes(), *session.precision, *session.learner.notes()):
             self.console.print(note, markup=False, highlight=False, soft_wrap=True)
         self.console.print(
             f"results in {run.directory}" + (f", going on from step {session.step}" if resumed else ""),

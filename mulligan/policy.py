@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from mulligan.config import LoraSection, ModelSection, Run
@@ -31,11 +32,42 @@ def choose_dtype(model: ModelSection, lora: LoraSection) -> ModelSection:
     return model.model_copy(update={"dtype": "bfloat16" if half else "float32"})
 
 
+def choose_precision(run: Run) -> Run:
+    """The run with every ``dtype`` that is "auto" replaced by what it means here.
+
+    Sampling and the learner's passes are in the weights' own dtype unless the run says otherwise.
+    ``sampling.dtype="measured"`` stays where there is something to measure.
+
+    Raises:
+        UserError: float32 is asked for above bfloat16 weights: it would hide that the weights are rounded.
+    """
+    model, sampling = choose_dtype(run.model, run.lora), run.sampling
+    own = model.dtype
+    for key, asked in (("model.compute_dtype", model.compute_dtype), ("sampling.dtype", sampling.dtype)):
+        if own == "bfloat16" and asked == "float32":
+            raise UserError(f"{key} is 'float32', but the weights are bfloat16: leave it out, or model.dtype='float32'")
+    if model.compute_dtype == "auto":
+        model = model.model_copy(update={"compute_dtype": own})
+    if sampling.dtype == "auto" or own == "bfloat16":
+        sampling = sampling.model_copy(update={"dtype": own})
+    return run.model_copy(update={"model": model, "sampling": sampling})
+
+
+def micro_batch_tokens(run: Run, device: torch.device) -> int:
+    """The size of the learner's passes: the run's, or what suits the device."""
+    return run.optimizer.tokens_per_micro_batch or (4096 if device.type == "cpu" else 16384)
+
+
+def autocast_of(model: ModelSection) -> torch.dtype | None:
+    """The dtype of the learner's matrix products where it is another than the weights'."""
+    return torch.bfloat16 if (model.dtype, model.compute_dtype) == ("float32", "bfloat16") else None
+
+
 def load_policy(run: Run) -> LoadedModel:
     """The model to train, in evaluation mode, with its adapter.
 
     Args:
-        run: with a dtype that :func:`choose_dtype` has settled.
+        run: with a dtype that :func:`choose_precision` has settled.
     """
     loaded = load_base(run.model, run.lora, seed=run.seed)
     if run.model.gradient_checkpointing:

@@ -34,7 +34,7 @@ from mulligan.methods import build_schedule
 from mulligan.models.adapters import has_adapter
 from mulligan.models.chat import open_chat
 from mulligan.models.loading import LoadedModel
-from mulligan.policy import load_base, load_teacher
+from mulligan.policy import autocast_of, load_base, load_teacher, micro_batch_tokens
 from mulligan.records import read_samples, rebuild
 from mulligan.rehearsal import rehearse
 from mulligan.rundir import CHECKPOINTS, RUN, checkpoint_model, is_run, sample_records
@@ -295,8 +295,9 @@ def _learner(loaded: LoadedModel, run: Run) -> Learner:
     plan = Plan(
         temperature=run.sampling.temperature,
         max_new_tokens=run.sampling.max_new_tokens,
-        tokens_per_micro_batch=run.optimizer.tokens_per_micro_batch,
+        tokens_per_micro_batch=micro_batch_tokens(run, loaded.model.device),
         share_prefixes=run.optimizer.share_prefixes,
+        autocast=autocast_of(run.model),
         clip_norm=0.0,
         seed=run.seed,
     )

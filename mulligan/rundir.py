@@ -40,8 +40,8 @@ from mulligan.memory import Memory
 from mulligan.models.adapters import adapter_names, fingerprint, has_adapter
 from mulligan.models.loading import LoadedModel, load_skeleton, read_generation_config, save_skeleton
 from mulligan.policy import base_name, load_base
-from mulligan.session import Session
-from mulligan.types import Forest, Row, Sample
+from mulligan.session import Session, settle_dtype
+from mulligan.types import Forest, Metrics, Row, Sample
 
 RUN = "run.toml"
 CHECKPOINTS = "checkpoints"
@@ -63,16 +63,21 @@ def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
     """
     directory = session.run.directory
     offsets: dict[str, int] | None = None
+    measured: Metrics = {}
     if resume:
         offsets = {METRICS: 0, SAMPLES: 0}
         found = load_checkpoint(directory / CHECKPOINTS)
+        stored = found.state["run"] if found is not None else read_toml(directory / RUN) if is_run(directory) else {}
+        measured = settle_dtype(session, stored.get("sampling", {}).get("dtype"))
         if found is not None:
             load_state(session, found.tensors, found.state, found.path)
             offsets = found.state["offsets"]
         elif is_run(directory):  # what it has logged is cut off now, so it must be this very run's
-            _same_settings(read_toml(directory / RUN), session, directory / RUN)
+            _same_settings(stored, session, directory / RUN)
     elif is_run(directory) or (directory / METRICS).exists() or list_checkpoints(directory / CHECKPOINTS):
         raise UserError(f"{directory} holds another run: --resume goes on with it, --out DIR starts beside it")
+    else:
+        measured = settle_dtype(session)
 
     def write(path: Path) -> None:
         path.write_text(to_toml(session.resolved), encoding="utf-8")
@@ -84,6 +89,8 @@ def open_directory(session: Session, *, resume: bool) -> Iterator[RunLog]:
             save_skeleton(session.loaded, directory / MODEL)
         except Exception as error:  # tokenizers' Rust raises the bare Exception for a full disk
             raise UserError(f"{directory / MODEL}: cannot write: {reason(error)}") from error
+        if measured:
+            log.metrics({"step": session.step, **measured})
         yield log
 
 

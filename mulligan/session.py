@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from mulligan.config import Run, flatten, resolve, with_defaults
 from mulligan.contract import check_schedule
@@ -21,14 +22,15 @@ from mulligan.memory import Memory
 from mulligan.methods import build_schedule
 from mulligan.models.chat import open_chat
 from mulligan.models.loading import LoadedModel, context_length
-from mulligan.policy import choose_dtype, frozen_of, load_policy
+from mulligan.policy import autocast_of, choose_precision, frozen_of, load_policy, micro_batch_tokens
 from mulligan.sampling.embedded import EmbeddedSampler
+from mulligan.sampling.precision import PAYS, RoundedSampler, speedup
 from mulligan.schedule import Schedule
 from mulligan.seeds import seed_of
 from mulligan.tasks import build_task
 from mulligan.tasks.base import Task
 from mulligan.texts import Texts
-from mulligan.types import Problem
+from mulligan.types import Metrics, Problem
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class Session:
     learner: Learner
     memory: Memory
     notes: list[str]  # what the contract's check found, a line a phase
+    precision: list[str] = field(default_factory=list)  # what was measured of it, a line
     step: int = 0  # steps done
     evaluated: int = -1  # the last step that was evaluated
 
@@ -84,10 +87,12 @@ def prepare(run: Run) -> Session:
     run, schedule = with_defaults(run, built.run), built.schedule
     task = build_task(run.task.name, run.task.settings)
     numbers = optimizer_settings(run.optimizer)
-    run = run.model_copy(update={"model": choose_dtype(run.model, run.lora)})
+    run = choose_precision(run)
     seed_everything(run.seed)
     loaded = load_policy(run)
     model, chat = loaded.model, open_chat(loaded, run.model)
+    tokens = micro_batch_tokens(run, model.device)
+    run = run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"tokens_per_micro_batch": tokens})})
     run = run.model_copy(update={"model": run.model.model_copy(update={"chat": "on" if chat else "off"})})
     resolved = resolve(run, built.settings, task.settings.model_dump(mode="json"))
     resolved["optimizer"] |= json.loads(json.dumps(numbers))
@@ -122,8 +127,9 @@ def prepare(run: Run) -> Session:
             max_new_tokens=s.max_new_tokens,
             updates_per_batch=o.updates_per_batch,
             epochs=o.epochs,
-            tokens_per_micro_batch=o.tokens_per_micro_batch,
+            tokens_per_micro_batch=tokens,
             share_prefixes=o.share_prefixes,
+            autocast=autocast_of(run.model),
             clip_norm=o.clip_norm,
             seed=run.seed,
         ),
@@ -131,19 +137,8 @@ def prepare(run: Run) -> Session:
         frozen=frozen_of(schedule.methods, loaded, run.model),
     )
 
-    def sampler(rows: int) -> EmbeddedSampler:
-        return EmbeddedSampler(
-            model,
-            loaded.tokenizer,
-            temperature=s.temperature,
-            max_new_tokens=s.max_new_tokens,
-            stop=tuple(s.stop),
-            max_rows=rows,
-            # The learner scores one loop for all tokens, so the policy that samples reads out that loop too, whatever
-            # threshold the config has.
-            exit_threshold=1.0 if is_looped(model) else None,
-        )
-
+    rounded = s.dtype == "bfloat16" and run.model.dtype == "float32"
+    kind = RoundedSampler if rounded else EmbeddedSampler
     return Session(
         run=run,
         resolved=resolved,
@@ -151,9 +146,54 @@ def prepare(run: Run) -> Session:
         schedule=schedule,
         loaded=loaded,
         texts=texts,
-        sampler=sampler(s.max_rows),
-        eval_sampler=sampler(run.eval.max_rows),
+        sampler=kind(model, loaded.tokenizer, **_sampler_settings(run, model, s.max_rows)),
+        # Always of the weights themselves: what is evaluated is what is saved and exported.
+        eval_sampler=EmbeddedSampler(model, loaded.tokenizer, **_sampler_settings(run, model, run.eval.max_rows)),
         learner=learner,
         memory=Memory(),
         notes=notes,
     )
+
+
+def _sampler_settings(run: Run, model: PreTrainedModel, rows: int) -> dict[str, Any]:
+    return {
+        "temperature": run.sampling.temperature,
+        "max_new_tokens": run.sampling.max_new_tokens,
+        "stop": tuple(run.sampling.stop),
+        "max_rows": rows,
+        # The learner scores one loop for all tokens, so the policy that samples reads out that loop too, whatever
+        # threshold the config has.
+        "exit_threshold": 1.0 if is_looped(model) else None,
+    }
+
+
+def settle_dtype(session: Session, found: str | None = None) -> Metrics:
+    """Puts what is faster here in the place of ``sampling.dtype="measured"``; does nothing for another dtype.
+
+    Args:
+        found: what the run chose when it began, if it is resumed: nothing is measured again, so that it goes on as it
+            was, whatever the machine does meanwhile.
+
+    Returns:
+        What was measured, for the log.
+    """
+    run, loaded = session.run, session.loaded
+    if run.sampling.dtype != "measured":
+        return {}
+    measured: Metrics = {}
+    settings = _sampler_settings(run, loaded.model, run.sampling.max_rows)
+    if found is None:
+        size = session.task.size("train")
+        some = range(run.sampling.prompts if size is None else min(size, run.sampling.prompts))
+        problems = [session.task.problem("train", index) for index in some]
+        prompts = [(p, session.texts.prompt(p)) for p in problems]
+        ratio = speedup(loaded.model, loaded.tokenizer, prompts, settings)
+        found = "bfloat16" if ratio >= PAYS else "float32"
+        measured = {"time/bfloat16_sampling_speedup": ratio}
+        told = f"sampling.dtype={found!r}: bfloat16 samples {ratio:.2f} times as fast ({PAYS:g} pays)"
+        session.precision.append(told)
+    session.run = run.model_copy(update={"sampling": run.sampling.model_copy(update={"dtype": found})})
+    session.resolved["sampling"]["dtype"] = found
+    if found == "bfloat16":
+        session.sampler = RoundedSampler(loaded.model, loaded.tokenizer, **settings)
+    return measured

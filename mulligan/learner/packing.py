@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mulligan.learner.trees import Costs, Trees, plant_within
+from mulligan.models import flex
 from mulligan.types import Tokens
 
 
@@ -17,7 +18,8 @@ class Batch:
 
     Flat: a row each, padded on the right to W columns. Causal attention never looks to the right, so right
     padding needs no mask, and no row's numbers depend on how wide its batch is beyond rounding.
-    As trees: what rows share is there once, all of it in one row of W columns without padding.
+    As trees: what rows share is there once, all of it in one row of W columns; padded to whole blocks of the attention
+    kernel on a GPU, and not at all on the CPU.
     """
 
     tokens: torch.Tensor  # int64 [B, W]; B is 1 for trees
@@ -70,8 +72,10 @@ def pack(items: Sequence[Item], pad: int, device: torch.device, trees: Trees | N
     if trees is None:
         tokens = torch.full((len(items), max(len(item) for item in items)), pad, dtype=torch.long)
     else:
-        tokens = torch.tensor([trees.tokens])
-        layout["position_ids"] = trees.positions()[None].to(device)
+        # Padding is behind the last tree, where nobody sees it.
+        more = flex.padded(len(trees.tokens)) - len(trees.tokens) if flex.is_for(device) else 0
+        tokens = torch.tensor([trees.tokens + [pad] * more])
+        layout["position_ids"] = torch.cat([trees.positions(), torch.zeros(more, dtype=torch.long)])[None].to(device)
         layout["attention_mask"] = trees.branches().mask(device)
     at, targets, rows, temperatures = [], [], [], []
     for b, item in enumerate(items):

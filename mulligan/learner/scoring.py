@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mulligan.errors import UserError
 from mulligan.learner.packing import Batch, Item, pack
+from mulligan.learner.tiles import tiled_logprobs
 from mulligan.models.loading import output_head
 
 CHUNK = 1 << 23  # logits alive at a time: 32 MiB of float32
@@ -73,13 +76,18 @@ def score(
         else:
             hidden = [_at(out.loop_hidden_states[loop - 1], batch) for loop in loops]
         exit_probabilities = _at(out.exit_probabilities, batch) if exits else None
-    parts = [head_logprobs(model, h, batch, entropy and k == len(hidden) - 1) for k, h in enumerate(hidden)]
-    return Scores(torch.stack([p[0] for p in parts]), parts[-1][1] if entropy else None, exit_probabilities)
+    head = output_head(model)
+    # Loops whose logits are too many to keep go through the head together, so that its gradient adds up in one place;
+    # the entropy is of the last alone.
+    sets = [[h] for h in hidden]
+    if in_tiles(head, len(hidden) * len(batch.targets)):
+        sets = [hidden[:-1], hidden[-1:]] if entropy and len(hidden) > 1 else [hidden]
+    parts = [head_logprobs(model, each, batch, entropy and each is sets[-1]) for each in sets]
+    return Scores(torch.cat([p[0] for p in parts]), parts[-1][1], exit_probabilities)
 
 
-def head_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [..., vocabulary] from hidden states [..., d]: float32, or float64 where the model is."""
-    logits = output_head(model)(hidden)
+def shape_logits(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What the model makes of its head's outputs, number by number: float32, or float64 where the model is."""
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     config = model.config.get_text_config()
     if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -116,25 +124,52 @@ def _at(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     return values[batch.at[:, 0], batch.at[:, 1]]
 
 
-def head_logprobs(
-    model: PreTrainedModel, hidden: torch.Tensor, batch: Batch, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs (and entropies) [N] from hidden states [N, d], a chunk of tokens at a time.
+def is_plain(head: torch.nn.Module) -> bool:
+    """Whether a head does nothing but multiply by its weight and add its bias: no adapter, no hook."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is torch.nn.Linear and not any(hooks) and "forward" not in vars(head)
 
-    With gradients on, a chunk's logits are computed again in the backward pass instead of being kept,
-    unless everything fits into one chunk anyway.
+
+def in_tiles(head: torch.nn.Linear, count: int) -> bool:
+    """Whether the logits of so many hidden states are made tile by tile."""
+    # On a CPU, keeping more than the caches hold takes longer than computing it again: measured, from 2 to 3 million.
+    kept = CHUNK if head.weight.is_cuda else CHUNK // 4
+    return is_plain(head) and count * len(head.weight) > kept
+
+
+def head_logprobs(
+    model: PreTrainedModel, hidden: Sequence[torch.Tensor], batch: Batch, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs [K, N], and entropies [N] where there is one set alone, from K sets of hidden states [N, d].
+
+    Where the logits of all would be too many at a time, a plain head gives them tile by tile, and any other some tokens
+    at a time. With gradients on, both compute them again in the backward pass.
     """
+    head = output_head(model)
+    states, several = torch.cat(list(hidden)), len(hidden)
+    targets, temperature = batch.targets.repeat(several), batch.temperature.repeat(several)
+    size = max(1, CHUNK // head.weight.shape[0])
 
     def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        logits = head_logits(model, h) / temperature[:, None]
+        logits = shape_logits(model, head(h)) / temperature[:, None]
         norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - norm
         if not entropy:
             return logprobs[None]
         return torch.stack([logprobs, norm - ((logits - norm[:, None]).exp() * logits).sum(-1)])
 
-    size = max(1, CHUNK // output_head(model).weight.shape[0])
-    pieces = list(zip(hidden.split(size), batch.targets.split(size), batch.temperature.split(size), strict=True))
+    if in_tiles(head, len(states)):
+        logprobs, entropies = tiled_logprobs(
+            head,
+            states,
+            targets,
+            temperature,
+            shape=partial(shape_logits, model),
+            numbers=CHUNK if states.is_cuda else CHUNK // 8,  # what the caches of a CPU hold
+            entropy=entropy,
+        )
+        return logprobs.view(several, -1), entropies
+    pieces = list(zip(states.split(size), targets.split(size), temperature.split(size), strict=True))
     again = len(pieces) > 1 and torch.is_grad_enabled()
     out = torch.cat([checkpoint(chunk, *p, use_reentrant=False) if again else chunk(*p) for p in pieces], dim=1)
-    return out[0], out[1] if entropy else None
+    return out[0].view(several, -1), out[1] if entropy else None

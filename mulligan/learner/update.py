@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import ContractError, UserError
 from mulligan.learner.packing import Batch, Item, layouts, pack
-from mulligan.learner.scoring import check_head, number_of_loops, score
+from mulligan.learner.scoring import Scores, check_head, number_of_loops, score
 from mulligan.learner.sharing import layer_costs, shares_prefixes
 from mulligan.method import Method, Term
 from mulligan.models.adapters import adapter_off, has_adapter
@@ -33,6 +34,7 @@ class Plan:
     epochs: int = 1
     tokens_per_micro_batch: int = 16384
     share_prefixes: bool = True  # what rows begin with alike is computed once, where the model allows it
+    autocast: torch.dtype | None = None  # of matrix products and attention above float32 weights; None: the weights'
     clip_norm: float = 1.0
     seed: int = 0
 
@@ -67,6 +69,18 @@ class Learner:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def notes(self) -> list[str]:
+        """What a run should say about how this learner reads rows: the models that cannot share what rows share."""
+        if not self.plan.share_prefixes:
+            return []
+        readers = {"policy": self.model, **self.frozen}
+        return [
+            f"{name}: every row is computed in full, shared prefixes too "
+            f"(this {reader.config.model_type} on {self.device.type} does not read trees of rows)"
+            for name, reader in readers.items()
+            if id(reader) not in self._costs
+        ]
 
     # ---- streams -------------------------------------------------------------------------------
 
@@ -117,14 +131,24 @@ class Learner:
     def _quantity(self, model: PreTrainedModel, batch: Batch, stream: Stream) -> torch.Tensor:
         loops = None if stream.loop is None else (stream.loop,)
         if stream.quantity == "exit_probability":
-            exits = score(model, batch, exits=True).exits
+            exits = self._score(model, batch, exits=True).exits
             assert exits is not None
             return exits[:, (stream.loop or exits.shape[1]) - 1]
-        out = score(model, batch, loops=loops, entropy=stream.quantity == "entropy")
+        out = self._score(model, batch, loops=loops, entropy=stream.quantity == "entropy")
         if stream.quantity == "entropy":
             assert out.entropy is not None
             return out.entropy
         return out.logprobs[0]
+
+    def _score(self, model: PreTrainedModel, batch: Batch, **asked: Any) -> Scores:
+        """:func:`score` in the run's precision: log-probs are float32, and so are all losses.
+
+        Each call has an autocast of its own, because the weights that one casts are kept until it ends, those of a
+        call without gradients too, which a call with gradients must not find.
+        """
+        dtype = self.plan.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return score(model, batch, **asked)
 
     @contextmanager
     def _model_of(self, stream: Stream) -> Iterator[PreTrainedModel]:
@@ -219,7 +243,7 @@ class Learner:
     ) -> None:
         loops = term.readout.loops
         loops = tuple(range(1, number_of_loops(self.model) + 1)) if loops == "all" else loops
-        scores = score(self.model, batch, loops=loops, entropy=term.entropy, exits=term.readout.exits)
+        scores = self._score(self.model, batch, loops=loops, entropy=term.entropy, exits=term.readout.exits)
         last = scores.logprobs[-1]
         own = [row.mask for row in rows]
 

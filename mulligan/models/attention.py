@@ -9,16 +9,27 @@ of one row, and in Hydragen, arXiv 2402.05099, over a shared prefix).
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mulligan.models import flex
+from mulligan.models.forks import forked_attention, forks_of
+
 NAME = "mulligan"  # of this attention among transformers'
+
+# Width of a head times length of a row from which the CPU's kernels are faster in bfloat16, both passes together. For
+# short rows their backward pass is the slower one in bfloat16, by 1.3 to 5 times.
+_HALF_PAYS = 1 << 15
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -115,10 +126,34 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def below_autocast(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as attention takes them: where autocast is on, in the dtype that is fastest.
+
+    Args:
+        q: [..., head_dim], k and v as well.
+        longest: tokens of the longest row.
+    """
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    if kind == "cpu" and longest * q.shape[-1] < _HALF_PAYS:
+        dtype = torch.float32
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, nothing is cast; costs nothing where nothing would be."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def tree_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, branches: Branches, scale: float | None = None
 ) -> torch.Tensor:
-    """Attention along the paths of trees, on the CPU.
+    """Attention along the paths of trees: in blocks of its own on the CPU, through FlexAttention elsewhere.
 
     Args:
         q: [1, heads, N, head_dim].
@@ -133,9 +168,13 @@ def tree_attention(
     """
     if q.shape[0] != 1 or k.shape != v.shape or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"no attention over trees for shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    by = float(q.shape[-1] ** -0.5) if scale is None else scale
+    q, k, v = below_autocast(q, k, v, max(length for _, length, _ in branches.runs))
+    if flex.is_for(q.device):
+        return flex.flex_tree_attention(q, k, v, branches, by)
     if (groups := q.shape[1] // k.shape[1]) > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    found = _TreeAttention.apply(q, k, v, branches, q.shape[-1] ** -0.5 if scale is None else scale)
+    found = _TreeAttention.apply(q, k, v, branches, by)
     assert isinstance(found, torch.Tensor)
     return found
 
@@ -150,14 +189,57 @@ def _attention(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA attention, and the attention over trees where the mask stands for some."""
-    branches = branches_of(attention_mask)
-    if branches is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+    """transformers' SDPA attention, or what the mask stands for: attention over trees or to shared prompts."""
+    branches, forks = branches_of(attention_mask), forks_of(attention_mask)
+    if branches is None and forks is None:
+        query, key, value = below_autocast(query, key, value, query.shape[2])
+        with no_autocast(query.device):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
     unknown = sorted(n for n in ("softcap", "position_bias", "s_aux") if more.get(n) is not None)
     if unknown or dropout:
-        raise ValueError(f"no attention over trees with {', '.join(unknown) or 'dropout'}")
+        raise ValueError(f"no attention over shared tokens with {', '.join(unknown) or 'dropout'}")
+    if forks is not None:
+        return forked_attention(query, key, value, forks, scaling).transpose(1, 2), None
+    assert branches is not None
     return tree_attention(query, key, value, branches, scaling).transpose(1, 2), None
+
+
+def with_own_attention(model: PreTrainedModel, agrees: Callable[[PreTrainedModel], bool]) -> bool:
+    """Gives a model this attention in place of SDPA, if that changes nothing; whether it has it now.
+
+    It can where every layer attends to everything before a token and positions are given with the call. It cannot with
+    sliding windows, capped scores, state-space layers and a checkpoint's own code. A looped model has it always.
+
+    Args:
+        agrees: tries on a few tokens what the model is to do with it; a config alone is not believed.
+    """
+    config = model.config.get_text_config()
+    if hasattr(config, "total_ut_steps"):
+        return agrees(model)
+    before = model.config._attn_implementation
+    if not (
+        type(model).__module__.startswith("transformers.")
+        and "position_ids" in inspect.signature(model.base_model.forward).parameters
+        and before in ("sdpa", NAME)
+        and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+        and _sees_all(config)
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and model._can_set_attn_implementation()
+    ):
+        return False
+    model.set_attn_implementation(NAME)
+    if agrees(model):
+        return True
+    model.set_attn_implementation(before)
+    return False
+
+
+def _sees_all(config: Any) -> bool:
+    """No window, or none that is shorter than the longest sequence."""
+    window = getattr(config, "sliding_window", None)
+    # Where layers name their kinds, none of those that are left has the window.
+    named = bool(getattr(config, "layer_types", None))
+    return window is None or named or window >= getattr(config, "max_position_embeddings", math.inf)
 
 
 AttentionInterface.register(NAME, _attention)

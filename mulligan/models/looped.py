@@ -33,7 +33,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from mulligan.errors import UserError
-from mulligan.models.attention import Branches, branches_of, tree_attention
+from mulligan.models.attention import Branches, below_autocast, branches_of, no_autocast, tree_attention
+from mulligan.models.forks import Forks, forked_attention, forks_of
 
 _PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
 
@@ -262,6 +263,7 @@ class LoopedRMSNorm(nn.Module):
         self.size, self.eps = (size,), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype)  # below autocast x may be bfloat16; norms and the residual stream are not
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.size, self.weight, self.eps)
@@ -289,6 +291,7 @@ class _Context:
     mask: torch.Tensor | None  # what SDPA takes; None: causal (T > 1) or everything (T = 1)
     causal: bool
     branches: Branches | None = None  # in place of a mask: the tokens are trees
+    forks: Forks | None = None  # in place of a mask: the rows go on from shared prompts
 
 
 def _rotate(x: torch.Tensor, context: _Context) -> torch.Tensor:
@@ -317,15 +320,19 @@ class LoopedAttention(nn.Module):
         v = self.v_proj(x).view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, slot)
+        if context.forks is not None:
+            return self.o_proj(forked_attention(q, k, v, context.forks).transpose(1, 2).flatten(2))
         if context.branches is not None:
             return self.o_proj(tree_attention(q, k, v, context.branches).transpose(1, 2).flatten(2))
         grouped = self.groups > 1
         if grouped and context.mask is not None:
             # Given a mask, SDPA's grouped mode falls back to a kernel that stores every score.
             k, v, grouped = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1), False
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=grouped
-        )
+        q, k, v = below_autocast(q, k, v, q.shape[2])
+        with no_autocast(q.device):
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=grouped
+            )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -406,9 +413,9 @@ class LoopedModel(LoopedPreTrainedModel):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, cached + T], nonzero at real tokens; or what SDPA takes, with four
-                dimensions; or a :meth:`Branches.mask`, without a cache. None when nothing is padded (also
-                right padding whose outputs are ignored): then no mask is built and the fast causal
-                kernel runs.
+                dimensions; or a :meth:`Branches.mask`, without a cache; or a :meth:`Forks.mask`. None
+                when nothing is padded (also right padding whose outputs are ignored): then no mask is
+                built and the fast causal kernel runs.
             position_ids: int64 [B or 1, T]; None: counted from the mask, so that left padding does
                 not shift a sequence.
             past_key_values: a cache; it grows by T in ``num_loops * N`` slots (slot = loop * N + layer).
@@ -460,7 +467,8 @@ class LoopedModel(LoopedPreTrainedModel):
     def _gates(self, states: list[torch.Tensor]) -> torch.Tensor:
         """Gate logits [B, T, loops - 1] after each loop but the last, float32 or wider."""
         none = states[0].new_empty((*states[0].shape[:2], 0))
-        gates = torch.cat([none, *(self.early_exit_gate(h) for h in states[:-1])], dim=-1)
+        with no_autocast(none.device):  # probabilities are never computed in half precision
+            gates = torch.cat([none, *(self.early_exit_gate(h) for h in states[:-1])], dim=-1)
         return gates.to(_wide(gates))
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None, loops: int) -> Cache | None:
@@ -513,6 +521,8 @@ class LoopedModel(LoopedPreTrainedModel):
             mask = _causal_mask(mask, length)
         elif (branches := branches_of(mask)) is not None:
             return _Context(cos, sin, None, causal=False, branches=branches)
+        elif (forks := forks_of(mask)) is not None:
+            return _Context(cos, sin, None, causal=False, forks=forks)
         return _Context(cos, sin, mask, causal=False)
 
 

@@ -85,7 +85,9 @@ class Rows:
     start: Tensor  # int64: index in the response of the first own token
     count: Tensor  # int64: own tokens so far
     position: Tensor  # int64: of the token to be fed next
-    pad: Tensor  # int64: columns of the cache before the row's first token
+    prompt: Tensor  # int64: which of the prompts that are kept apart; 0 where none are
+    apart: Tensor  # int64: tokens of that prompt, which are no columns of the row
+    pad: Tensor  # int64: columns of the cache before the row's first one
     limit: Tensor  # int64: own tokens at most
     temperature: Tensor  # float32; 0 is greedy
     finished: Tensor  # bool; whatever else such a row holds is meaningless
@@ -95,11 +97,16 @@ class Rows:
     gone: int = 0  # finished rows
     unused: int = 0  # first columns that are padding of all rows
     padded: bool = False  # some row has padding; without a mask attention is faster
-    stoppable: bool = False  # some row has stop strings
+    finders: list[tuple[StopFinder, Tensor]] = field(default_factory=list)  # of stop strings: bool [rows], whose
 
     @classmethod
-    def new(cls, draws: list[Draw], device: torch.device) -> Rows:
-        """Rows of which nothing is drawn yet, each with its prompt in the last columns of the cache."""
+    def new(cls, draws: list[Draw], width: int, prompt: Tensor | None, device: torch.device) -> Rows:
+        """Rows of which nothing is drawn yet.
+
+        Args:
+            width: columns of the cache; each row's prompt is in the last ones, unless prompts are kept apart.
+            prompt: where they are: which one it is of each row.
+        """
 
         def column(numbers: list[int]) -> Tensor:
             return torch.tensor(numbers, dtype=torch.long, device=device)
@@ -112,7 +119,9 @@ class Rows:
             start=column([len(order.request.prefix) for order, _ in draws]),
             count=none,
             position=lengths,
-            pad=lengths.max() - lengths,
+            prompt=none if prompt is None else prompt,
+            apart=none if prompt is None else lengths,
+            pad=none,
             limit=column([order.limit for order, _ in draws]),
             temperature=torch.tensor([order.temperature for order, _ in draws], device=device),
             finished=torch.zeros_like(none, dtype=torch.bool),
@@ -120,7 +129,7 @@ class Rows:
             tokens=none.new_zeros(len(draws), steps),
             logprobs=torch.zeros(len(draws), steps, device=device),
         )
-        rows._note()
+        rows.settle(width)
         return rows
 
     def __len__(self) -> int:
@@ -149,21 +158,29 @@ class Rows:
     def add(self, others: Rows, width: int) -> None:
         """Puts other rows below these, all of them new, in a cache of ``width`` columns."""
         steps = max(self.tokens.shape[1], others.tokens.shape[1])
-        self.pad = width - self.position
-        others.pad = width - others.position
         self.draws = self.draws + others.draws
         for name in _TENSORS:
             parts = [getattr(rows, name) for rows in (self, others)]
             if parts[0].dim() == 2:
                 parts = [functional.pad(part, (0, steps - part.shape[1])) for part in parts]
             setattr(self, name, torch.cat(parts))
+        self.settle(width)
+
+    def settle(self, width: int) -> None:
+        """The rows end at the last of ``width`` columns."""
+        self.pad = width - (self.position - self.apart)
         self._note()
 
     def _note(self) -> None:
         self.gone = 0
         self.unused, most = torch.stack(self.pad.aminmax()).tolist()
         self.padded = most > 0
-        self.stoppable = any(order.finder is not None for order, _ in self.draws)
+        own = [order.finder for order, _ in self.draws]
+        self.finders = [
+            (finder, torch.tensor([each is finder for each in own], device=self.pad.device))
+            for finder in dict.fromkeys(own)
+            if finder is not None
+        ]
 
     def mask(self, width: int) -> Tensor | None:
         """int64 [rows, width]: 0 at the padding; None where no row has any."""
@@ -183,13 +200,11 @@ class Rows:
     def at_stop(self, token: Tensor) -> Tensor:
         """bool [rows]: whether the token just written completes one of the row's stop strings."""
         found = torch.zeros_like(self.finished)
-        counts = self.count.tolist()
-        for row, last in enumerate(token.tolist()):
-            finder = self.draws[row][0].finder
-            if finder is not None and finder.may_end(last):
-                recent = self.tokens[row, max(0, counts[row] - finder.window) : counts[row]]
-                found[row] = finder.ends(recent.tolist())
+        for finder, mine in self.finders:
+            for row in (mine & finder.may_end(token)).nonzero().squeeze(1).tolist():
+                end = int(self.count[row])
+                found[row] = finder.ends(self.tokens[row, max(0, end - finder.window) : end].tolist())
         return found
 
 
-_TENSORS = tuple(f.name for f in fields(Rows) if f.name not in ("draws", "gone", "unused", "padded", "stoppable"))
+_TENSORS = tuple(f.name for f in fields(Rows) if f.name not in ("draws", "gone", "unused", "padded", "finders"))

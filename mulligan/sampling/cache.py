@@ -31,6 +31,7 @@ class GrowingSlot(CacheLayerMixin):
         self.room = room
         self.rows = 0
         self.begin = self.end = 0  # the columns in use
+        self.prompts: GrowingSlot | None = None  # what the rows go on from, where it is kept apart
         self._buffers: list[torch.Tensor] = []  # of keys and of values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -112,8 +113,21 @@ class GrowingSlot(CacheLayerMixin):
         self.begin, self.end = begin, width
 
     def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (buffer[: self.rows, :, self.begin : self.end] for buffer in self._buffers)
+        keys, values = self.states()
+        if self.prompts is not None:
+            # This is how they get to the attention through the code of a model that knows nothing of them.
+            keys.prompts = (self.prompts.keys, self.prompts.values)  # pyright: ignore[reportAttributeAccessIssue]
         self.keys, self.values = keys, values
+        return keys, values
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[rows, heads, length, head_dim]``, as views."""
+        keys, values = (buffer[: self.rows, :, self.begin : self.end] for buffer in self._buffers)
+        return keys, values
+
+    def nothing(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of ``rows`` rows without a column."""
+        keys, values = (buffer.new_empty(rows, buffer.shape[1], 0, buffer.shape[3]) for buffer in self._buffers)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -160,6 +174,20 @@ class GrowingCache(Cache):
                     for source, (_, index) in zip(sources, parts, strict=True)
                 ]
             )
+
+    def fork(self, prompts: GrowingCache, rows: int) -> None:
+        """Adds rows that go on from prompts which stay where they are (:mod:`mulligan.models.forks`).
+
+        Args:
+            prompts: the same object for as long as this cache lives; it may change between two steps.
+            rows: how many; they have no columns of their own yet.
+        """
+        slots = cast(list[GrowingSlot], self.layers)
+        if not slots:
+            slots.extend(GrowingSlot(self._room) for _ in prompts.layers)
+        for slot, above in zip(slots, cast(list[GrowingSlot], prompts.layers), strict=True):
+            slot.prompts = above
+            slot.admit([above.nothing(rows)])
 
     def keep(self, index: torch.Tensor) -> None:
         """Row j becomes row ``index[j]`` (int64 [n], n at most the rows there are), in place.

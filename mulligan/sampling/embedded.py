@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import UserError
+from mulligan.models.forks import Forks, hidden
 from mulligan.sampling import OnDone
-from mulligan.sampling.batch import Next, Order, Queue, Rows
+from mulligan.sampling.batch import Draw, Next, Order, Queue, Rows
 from mulligan.sampling.cache import GrowingCache, can_grow, select_rows
+from mulligan.sampling.forking import forks_prompts
+from mulligan.sampling.prefill import Block, continued, groups, stems
+from mulligan.sampling.prompts import Prompts
 from mulligan.sampling.stops import StopFinder
 from mulligan.seeds import uniforms
 from mulligan.types import Completion, Request, Tokens
 
-_PREFILL_TOKENS = 16_384  # padded tokens in one prefill; a longer prompt goes alone
 _ROOM = 128  # columns of the cache that are allocated ahead at first
 _REFILL_AT = 1.0  # steps of the batch that may be lost on free places before waiting samples are taken in
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
@@ -44,7 +47,8 @@ class _Batch:
     rows: Rows | None = None
     after: Next | None = None  # of the rows
     cache: Any = None
-    begun: tuple[Tokens, Any, Next] | None = None  # the prompt that ``queue.begun`` names, prefilled: one row
+    prompts: Prompts = field(default_factory=Prompts)
+    forks: Forks | None = None  # where the rows go on from prompts that are kept apart
     lost: int = 0  # row-steps in which a place was free for a sample that waited, since the last refill
 
 
@@ -106,6 +110,8 @@ class EmbeddedSampler:
         if max_rows < 1:
             raise UserError(f"the sampler: max_rows is {max_rows}, but must be at least 1")
         self._grows = can_grow(model.config)
+        with _evaluating(model):
+            self._forks = self._grows and forks_prompts(model)
         accepted = _accepted(model)
         if "past_key_values" not in accepted:
             raise UserError(f"{type(model).__name__} takes no past_key_values, so the embedded sampler cannot use it")
@@ -121,6 +127,7 @@ class EmbeddedSampler:
         if "logits_to_keep" in accepted:
             self._extra["logits_to_keep"] = 1
         self._eos = torch.tensor(_eos_ids(model, tokenizer), dtype=torch.long, device=model.device)
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportIndexIssue]
         self._finders: dict[tuple[str, ...], StopFinder] = {}
         counters = ("refills", "samples", "prefill_tokens", "decode_tokens", "decode_rows", "exit_loops", "seconds")
         self.stats: dict[str, float] = dict.fromkeys(counters, 0)
@@ -168,7 +175,7 @@ class EmbeddedSampler:
                 )
             limit = min(limit, self.context_length - len(prompt))
         if stop and stop not in self._finders:
-            self._finders[stop] = StopFinder(self.tokenizer, stop)
+            self._finders[stop] = StopFinder(self.tokenizer, stop, self._vocabulary, self.model.device)
         finder = self._finders.get(stop)
         return Order(request, prompt, limit, temperature, finder, [None] * request.n, missing=request.n)
 
@@ -184,7 +191,7 @@ class EmbeddedSampler:
             token, logprob = draw(after.logits, rows.temperature, uniforms(rows.seed, rows.start + rows.count))
             rows.write(token, logprob, after.loop)
             ended = torch.isin(token, self._eos)
-            if rows.stoppable:
+            if rows.finders:
                 ended |= rows.at_stop(token)
             over = (ended | (rows.count == rows.limit)) & ~rows.finished
             rows.finished |= over
@@ -192,11 +199,11 @@ class EmbeddedSampler:
             if rows.gone > before:
                 done = self._complete(rows, over.nonzero().squeeze(1), ended)
             if not rows.live:
-                batch.rows = batch.after = batch.cache = None
+                batch.rows = batch.after = batch.cache = batch.forks = None
                 continue
             if rows.gone >= max(1.0, _COMPACT_AT * len(rows)):
                 token = token[self._compact(batch)]
-            mask = rows.mask(cache.get_seq_length() + 1)
+            mask = self._mask(batch)
             batch.after = self._forward(token[:, None], rows.position[:, None], mask, cache)
             self.stats["decode_rows"] += len(rows)
             rows.position = rows.position + 1
@@ -227,25 +234,68 @@ class EmbeddedSampler:
             batch.after = batch.after.rows(self._compact(batch))
         draws = batch.queue.take(self.max_rows - (0 if rows is None else len(rows)))
         # Sorted, so that prompts of one length are prefilled together, and the rows of one prompt are adjacent.
-        prompts = sorted(dict.fromkeys(order.prompt for order, _ in draws), key=len)
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        draws = sorted(draws, key=lambda each: place[each[0].prompt])
-        source = self._tensor([place[order.prompt] for order, _ in draws])
-        parts, after = self._prefill(batch, prompts, source)
-        new = Rows.new(draws, self.model.device)
-        if not self._grows:
-            ((batch.cache, index),) = parts
-            select_rows(batch.cache, index)
-        else:
-            batch.cache = GrowingCache(_ROOM) if batch.cache is None else batch.cache
-            batch.cache.admit(parts)
+        wanted = sorted(dict.fromkeys(order.prompt for order, _ in draws), key=len)
+        known = {prompt: i for i, prompt in enumerate(wanted)}
+        draws = sorted(draws, key=lambda each: known[each[0].prompt])
+        new, after = self._join(batch, draws, wanted)
         if rows is None or batch.after is None:
             batch.rows, batch.after = new, after
         else:
             rows.add(new, batch.cache.get_seq_length())
             batch.after = Next.join([batch.after, after])
+        self._fork(batch)
         self.stats["refills"] += 1
         self.stats["samples"] += len(draws)
+
+    def _join(self, batch: _Batch, draws: list[Draw], wanted: list[Tokens]) -> tuple[Rows, Next]:
+        """Makes rows of samples whose distinct prompts are ``wanted``, by rising length, and room for them."""
+        device = self.model.device
+        if not self._grows:
+            place = {prompt: i for i, prompt in enumerate(wanted)}
+            source = self._tensor([place[order.prompt] for order, _ in draws])
+            batch.cache, after = self._prefill(wanted)
+            select_rows(batch.cache, source)
+            return Rows.new(draws, batch.cache.get_seq_length(), None, device), after.rows(source)
+        prompts, begun = batch.prompts, batch.queue.begun()
+        begun = set() if begun is None else {begun}
+        there = prompts.places()
+        self._compute(prompts, [prompt for prompt in wanted if prompt not in there])
+        self._forget(batch, begun.union(wanted))
+        there = prompts.places()
+        source = self._tensor([there[order.prompt] for order, _ in draws])
+        assert prompts.after is not None
+        after = prompts.after.rows(source)
+        batch.cache = GrowingCache(_ROOM) if batch.cache is None else batch.cache
+        if self._forks:
+            batch.cache.fork(prompts.cache, len(draws))
+        else:
+            batch.cache.admit([(prompts.cache, source)])
+            prompts.keep(begun)
+        return Rows.new(draws, batch.cache.get_seq_length(), source if self._forks else None, device), after
+
+    def _forget(self, batch: _Batch, needed: set[Tokens]) -> None:
+        """Drops the prompts that neither a row nor ``needed`` names."""
+        rows, prompts = batch.rows, batch.prompts
+        live = set() if rows is None or not self._forks else {order.prompt for order, _ in rows.draws}
+        moved = prompts.keep(live | needed)
+        if rows is not None and self._forks:
+            rows.prompt = moved.to(rows.prompt.device)[rows.prompt]
+
+    def _fork(self, batch: _Batch) -> None:
+        """Notes which row goes on from which prompt, after rows or prompts have changed."""
+        if self._forks:
+            assert batch.rows is not None
+            cache = batch.prompts.cache
+            batch.forks = Forks.of(batch.rows.prompt, batch.prompts.pads(self.model.device), cache.get_seq_length())
+
+    def _mask(self, batch: _Batch) -> Tensor | None:
+        """What the next token of each row sees of the cache."""
+        assert batch.rows is not None
+        rows, width = batch.rows, batch.cache.get_seq_length() + 1
+        if batch.forks is None:
+            return rows.mask(width)
+        own = hidden(rows.pad, width)[:, None] if rows.padded else None
+        return replace(batch.forks, own_bias=own).mask()
 
     def _compact(self, batch: _Batch) -> Tensor:
         """Packs the finished rows away; int64 [live], the rows that stay."""
@@ -255,49 +305,29 @@ class EmbeddedSampler:
         select_rows(batch.cache, index)
         if self._grows:
             batch.cache.drop(batch.rows.drop())
+        self._fork(batch)
         return index
 
-    def _prefill(self, batch: _Batch, prompts: list[Tokens], source: Tensor) -> tuple[list[tuple[Any, Tensor]], Next]:
-        """Runs each prompt once.
+    def _compute(self, prompts: Prompts, missing: list[Tokens]) -> None:
+        """Computes prompts, going on from those that are there."""
+        fresh = [part.prompt for part in continued(missing, prompts.tokens) if not part.common]
+        for wanted in (stems(fresh), missing):
+            there = set(prompts.tokens)  # a stem may be a prompt
+            for group in groups(continued([prompt for prompt in wanted if prompt not in there], prompts.tokens)):
+                block = Block.of(group, prompts.tokens, prompts.cache, self.model.device)
+                after = self._forward(block.ids, block.positions, block.mask, block.cache)
+                self.stats["prefill_tokens"] += sum(len(part.rest) for part in group)
+                prompts.add([part.prompt for part in group], block.result(), after)
 
-        Args:
-            prompts: distinct, by rising length.
-            source: int64 [rows], rising: the prompt of each row.
-
-        Returns:
-            Caches, each with the rows to take of it, and what the rows draw their first tokens from.
-        """
-        parts: list[tuple[Any, Tensor]] = []
-        found: list[Next] = []
-        begun, batch.begun = batch.begun, None
-        later = batch.queue.begun() if self._grows else None
-        known = prompts.index(begun[0]) if begun is not None and begun[0] in prompts else None
-        for start, end in _groups([len(prompt) for prompt in prompts], split=self._grows, alone=known):
-            rows = source[(source >= start) & (source < end)] - start
-            if begun is not None and start == known:
-                _, cache, after = begun
-            else:
-                cache, after = self._prefill_group(prompts[start:end])
-            found.append(after.rows(rows))
-            parts.append((cache, rows))
-            if later is not None and later in prompts[start:end]:
-                one = self._tensor([prompts[start:end].index(later)])
-                kept = GrowingCache(room=0)
-                kept.admit([(cache, one)])
-                kept.drop(kept.get_seq_length() - len(later))  # what it was padded by
-                batch.begun = (later, kept, after.rows(one))
-        return parts, Next.join(found)
-
-    def _prefill_group(self, prompts: list[Tokens]) -> tuple[Any, Next]:
-        """The cache of some prompts, by rising length, and what comes after them."""
-        cache = GrowingCache(room=0) if self._grows else DynamicCache(config=self.model.config)
-        width = len(prompts[-1])
-        pads = [width - len(prompt) for prompt in prompts]
+    def _prefill(self, prompts: list[Tokens]) -> tuple[DynamicCache, Next]:
+        """The cache of transformers for some prompts, by rising length, and what comes after them."""
+        cache, width = DynamicCache(config=self.model.config), len(prompts[-1])
         # Any id serves as padding: the mask hides it.
-        ids = self._tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)])
-        column = torch.arange(width, device=ids.device) - self._tensor(pads)[:, None]
+        ids = self._tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        column = torch.arange(width, device=ids.device) - self._tensor([width - len(p) for p in prompts])[:, None]
         self.stats["prefill_tokens"] += sum(map(len, prompts))
-        return cache, self._forward(ids, column.clamp(min=0), (column >= 0).long() if pads[0] else None, cache)
+        mask = (column >= 0).long() if len(prompts[0]) < width else None
+        return cache, self._forward(ids, column.clamp(min=0), mask, cache)
 
     def _complete(self, rows: Rows, index: Tensor, ended: Tensor) -> list[Order]:
         """Fills in the completions of the rows ``index``; the orders that have all of theirs now."""
@@ -370,20 +400,6 @@ def _fill_holes(finished: Tensor, live: int) -> Tensor:
     index = torch.arange(live, device=finished.device)
     index[finished[:live]] = (~finished[live:]).nonzero().squeeze(1) + live
     return index
-
-
-def _groups(lengths: list[int], *, split: bool, alone: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of rising lengths to prefill together: within the budget, and no prompt padded to over twice itself.
-
-    The one at ``alone`` is a range of its own.
-    """
-    start = 0
-    for i, length in enumerate(lengths):
-        large = (i - start + 1) * length > _PREFILL_TOKENS or length > 2 * lengths[start]
-        if i > start and split and (large or alone in (i - 1, i)):
-            yield start, i
-            start = i
-    yield start, len(lengths)
 
 
 def _accepted(model: PreTrainedModel) -> set[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 # Tokens decoded before those that can hold the stop string: some decoders drop a space at the very start.
 _SLACK = 4
+
+_UNKNOWN, _NEVER, _MAYBE = range(3)
 
 
 class StopFinder:
@@ -18,25 +21,32 @@ class StopFinder:
     Args:
         tokenizer: decodes ids.
         stops: the strings, none of them empty.
+        size: of the vocabulary.
+        device: of the tokens that are asked about.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], size: int, device: torch.device | str = "cpu"
+    ):
         self._tokenizer = tokenizer
         self._stops = stops
         self._last_characters = {stop[-1] for stop in stops}
         # A token holds at least one byte, so a stop string spans at most as many tokens as it has bytes.
         self.window = max(len(stop.encode()) for stop in stops) + _SLACK
-        self._may_end: dict[int, bool] = {}
+        self._ends = torch.full((size,), _UNKNOWN, dtype=torch.int8, device=device)  # by token
 
-    def may_end(self, token: int) -> bool:
-        """Whether this token, wherever it stands, could complete a stop string. Cheap: each id is decoded once."""
-        known = self._may_end.get(token)
-        if known is None:
+    def may_end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """bool [n]: whether each token (int64 [n]), wherever it stands, could complete a stop string.
+
+        Each id is decoded once, however many rows there are.
+        """
+        new = tokens[self._ends[tokens] == _UNKNOWN]
+        for token in new.unique().tolist():
             # Twice, because some decoders drop a leading space: the second copy is whole.
             text = self._decode([token, token])
             partial = not text or "\ufffd" in text  # a part of a character tells nothing
-            known = self._may_end[token] = partial or any(c in text for c in self._last_characters)
-        return known
+            self._ends[token] = _MAYBE if partial or any(c in text for c in self._last_characters) else _NEVER
+        return self._ends[tokens] == _MAYBE
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether the response's last tokens (``window`` of them suffice) contain a stop string."""

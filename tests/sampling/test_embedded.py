@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mulligan.errors import UserError
-from mulligan.sampling import Sampler, embedded
+from mulligan.sampling import Sampler, embedded, prefill
 from mulligan.sampling.cache import can_grow
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.seeds import seed_of
@@ -116,7 +116,7 @@ def test_company_changes_nothing(model, tokenizer, monkeypatch):
         assert drawn(EmbeddedSampler(model, tokenizer, max_rows=max_rows), requests) == whole
     assert drawn(EmbeddedSampler(model, tokenizer), requests[::-1]) == whole[::-1]
     assert [drawn(EmbeddedSampler(model, tokenizer), [request])[0] for request in requests] == whole
-    monkeypatch.setattr(embedded, "_PREFILL_TOKENS", 6)
+    monkeypatch.setattr(prefill, "_TOKENS", 6)
     monkeypatch.setattr(embedded, "_COMPACT_AT", 1.0)
     assert drawn(EmbeddedSampler(model, tokenizer), requests) == whole
 

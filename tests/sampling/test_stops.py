@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from mulligan.sampling.stops import StopFinder
 from tests.sampling.helpers import byte_tokenizer, character_tokenizer
@@ -8,9 +9,10 @@ from tests.sampling.helpers import byte_tokenizer, character_tokenizer
 
 def first_end(tokenizer, stops, ids):
     """The number of tokens after which the finder stops, as a sampler asks it."""
-    finder = StopFinder(tokenizer, stops)
+    finder = StopFinder(tokenizer, stops, len(tokenizer))
     for end in range(1, len(ids) + 1):
-        if finder.may_end(ids[end - 1]) and finder.ends(ids[max(0, end - finder.window) : end]):
+        last = torch.tensor(ids[end - 1 : end])
+        if bool(finder.may_end(last)) and finder.ends(ids[max(0, end - finder.window) : end]):
             return end
     return None
 
@@ -42,5 +44,6 @@ def test_characters_of_several_tokens(stop, text):
 
 def test_most_tokens_are_never_looked_at():
     tokenizer = character_tokenizer()
-    finder = StopFinder(tokenizer, ("xyz", "q"))
-    assert [t for t in range(len(tokenizer)) if finder.may_end(t)] == tokenizer.encode("qz")
+    finder = StopFinder(tokenizer, ("xyz", "q"), len(tokenizer))
+    every = torch.arange(len(tokenizer))
+    assert finder.may_end(every).nonzero().squeeze(1).tolist() == tokenizer.encode("qz")
