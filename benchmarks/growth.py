@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [--axes length,group,vocabulary] [--repeats 5] [--out DIR] [--json]
 
-prints one table (``--json``: one object a curve with ``work``, ``ratio``, ``goal``), about five minutes on one core;
+prints one table (``--json``: one object a curve with ``work``, ``ratio``, ``goal``), about four minutes on one core;
 ``--out`` saves ``growth.png``. One thing is changed at a time, of a Qwen3 of 2 layers, 128 wide, with random weights:
 
     length      1 prompt x 4 responses of 64 to 4,096 tokens, 503 words
@@ -11,7 +11,8 @@ prints one table (``--json``: one object a curve with ``work``, ``ratio``, ``goa
 
 *Sampling* is a step's rollout, grading and all; *training* is what follows it: rows, streams, forward, backward and
 optimizer. Seconds are medians of steps in which all points of an axis take turns, after one step that warms up. Memory
-is the peak above what stood there before the phase (weights and the optimizer's state), of one more step.
+is the peak above what stood there before the phase (weights and the optimizer's state), of one more step. Training
+reads at most 16,384 tokens at a time, the default, so its memory ends growing where a batch has more.
 
 ``exponent`` is the slope of a straight line through log(value) against log(size), by least squares over all points;
 ``at the end`` is the same over the largest three, where fixed costs count least, and is what ``ratio`` holds. Its goal
@@ -55,6 +56,11 @@ AXES: dict[str, list[tuple[int, Work]]] = {
     "vocabulary": [(n, replace(BASE, new=32, vocabulary=n)) for n in (128, 512, 2048, 8192, 32_768, 151_936)],
 }
 LABELS = {"length": "response length (tokens)", "group": "group size (responses)", "vocabulary": "vocabulary (tokens)"}
+FIXED = {  # what the panels say of the rest
+    "length": "1 prompt x 4 responses, 503 words",
+    "group": "4 prompts, responses of 64 tokens, 503 words",
+    "vocabulary": "4 prompts x 8 responses of 32 tokens",
+}
 PARTS = {"sampling": "#0072B2", "training": "#D55E00"}  # blue and vermilion, which every eye tells apart
 MARKERS = {"sampling": "o", "training": "s"}
 QUANTITIES = {"seconds": "time of a step (s)", "megabytes": "peak extra memory (MB)"}
@@ -242,14 +248,16 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         low, high = zip(*((min(each), max(each)) for each in curve.values), strict=True)
         color = PARTS[curve.part]
         panel.fill_between(curve.sizes, low, high, color=color, alpha=0.2, linewidth=0)
-        label = f"{curve.part}: exponent {curve.exponent():.2f}, at the end {curve.exponent(LAST):.2f}"
+        label = f"{curve.part}: exponent {curve.exponent():.2f} (largest {LAST}: {curve.exponent(LAST):.2f})"
         panel.plot(curve.sizes, curve.medians, color=color, marker=MARKERS[curve.part], linewidth=2, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xticks(curve.sizes, [f"{n:,}" for n in curve.sizes], rotation=30)
+        panel.set_xticks(curve.sizes, [f"{n:,}" for n in curve.sizes], rotation=30, ha="right", rotation_mode="anchor")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
+        if row == 0:
+            panel.set_title(FIXED[curve.axis], fontsize=11)
         if column == 0:
             panel.set_ylabel(QUANTITIES[curve.quantity], fontsize=12)
         if row == len(QUANTITIES) - 1:

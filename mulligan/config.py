@@ -116,7 +116,7 @@ class OptimizerSection(Section):
     tokens_per_micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="of the learner's passes, at most; empty: 4,096 on the CPU (its caches), 16,384 elsewhere",
+        description="of the learner's passes, at most; empty: 2,048 on the CPU (its caches), 16,384 elsewhere",
     )
     share_prefixes: bool = Field(default=True, description="compute once what rows begin with alike, where possible")
 

@@ -55,7 +55,7 @@ def choose_precision(run: Run) -> Run:
 
 def micro_batch_tokens(run: Run, device: torch.device) -> int:
     """The size of the learner's passes: the run's, or what suits the device."""
-    return run.optimizer.tokens_per_micro_batch or (4096 if device.type == "cpu" else 16384)
+    return run.optimizer.tokens_per_micro_batch or (2048 if device.type == "cpu" else 16384)
 
 
 def autocast_of(model: ModelSection) -> torch.dtype | None:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from mulligan.errors import UserError, nearest
 from mulligan.models.looped import LoopedForCausalLM
+from mulligan.models.norms import take_norms
 
 SHIPPED = {"pico": "pico", "pico-qwen3": "pico_qwen3"}  # model name -> folder beside this file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -70,7 +71,9 @@ def load_model(
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings:
         raise UserError(f"{source}: the tokenizer's largest id is {largest}, beyond the model's vocabulary")
-    return LoadedModel(cast(Any, model).to(where), tokenizer, name_or_path)
+    model = cast(Any, model).to(where)
+    take_norms(model)
+    return LoadedModel(model, tokenizer, name_or_path)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
@@ -111,6 +114,7 @@ def load_skeleton(directory: str | Path, dtype: str, trust_remote_code: bool = F
             read_generation_config(model, directory)
     except Exception as error:  # damaged tokenizer files raise anything at all
         raise UserError(f"{directory}: cannot be loaded: {_line(error)}") from error
+    take_norms(model)
     return LoadedModel(model.eval(), tokenizer, str(directory))
 
 

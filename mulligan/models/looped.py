@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,6 +34,7 @@ from transformers.utils.generic import ModelOutput
 from mulligan.errors import UserError
 from mulligan.models.attention import Branches, below_autocast, branches_of, no_autocast, tree_attention
 from mulligan.models.forks import Forks, forked_attention, forks_of
+from mulligan.models.norms import is_for, rms_norm
 
 _PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
 
@@ -233,27 +233,6 @@ def _checked_threshold(who: str, threshold: float | None) -> float:
     return float(threshold)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMS norm for the CPU, where torch's own is a chain of operations whose backward is 5 times slower."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grads
-        unit, scale, weight = ctx.saved_tensors
-        by_unit = grad * unit
-        along = (by_unit @ weight).unsqueeze(-1) / -weight.shape[0]  # the part of the gradient along x, removed
-        return torch.addcmul(grad * weight, unit, along).mul_(scale), by_unit.reshape(-1, weight.shape[0]).sum(0), None
-
-
 class LoopedRMSNorm(nn.Module):
     """``x / rms(x) * weight`` over the last dimension."""
 
@@ -264,8 +243,8 @@ class LoopedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.weight.dtype)  # below autocast x may be bfloat16; norms and the residual stream are not
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-            return _RMSNorm.apply(x, self.weight, self.eps)
+        if is_for(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 

@@ -36,6 +36,7 @@ from mulligan.types import Completion, Request, Tokens
 _ROOM = 128  # columns of the cache that are allocated ahead at first
 _REFILL_AT = 1.0  # steps of the batch that may be lost on free places before waiting samples are taken in
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
+_STRETCH = 64  # tokens whose probabilities are summed at once while drawing
 _COMPACT_AT = 1 / 16  # of the live rows finished: packing them costs about as much as one step of keeping them
 
 
@@ -388,11 +389,24 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
 
 
 def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    """The first token whose cumulative probability reaches ``uniform`` of the total, in two stages: stretches first.
+
+    A running sum over a whole vocabulary in float64 would be the dearest operation of a small model's step.
+    """
+    rows, size = logprobs.shape
+    stretches = -(-size // _STRETCH)
+    probs = logprobs.new_zeros(rows, stretches, _STRETCH)
+    torch.exp(logprobs, out=probs.view(rows, -1)[:, :size])
+    cdf = probs.sum(-1).cumsum(-1, dtype=torch.float64)
     # Above 0 and at most the total, so the first entry to reach it exists and is above the one before.
     threshold = uniform[:, None] * cdf[:, -1:]
-    # The clamp is for NaN alone: such a row is reported when it ends and must not crash before.
-    return torch.searchsorted(cdf, threshold).squeeze(1).clamp_(max=logprobs.shape[1] - 1)
+    # The clamps are for NaN alone: such a row is reported when it ends and must not crash before.
+    stretch = torch.searchsorted(cdf, threshold).clamp_(max=stretches - 1)
+    before = torch.where(stretch > 0, cdf.gather(1, (stretch - 1).clamp(min=0)), 0.0)
+    inside = probs.gather(1, stretch[..., None].expand(-1, -1, _STRETCH)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # By rounding a stretch may be a little less than its part of the sum; then it is its last token that is likely.
+    token = torch.searchsorted(inside, torch.minimum(threshold - before, inside[:, -1:]))
+    return (stretch * _STRETCH + token).squeeze(1).clamp_(max=size - 1)
 
 
 def _fill_holes(finished: Tensor, live: int) -> Tensor:
