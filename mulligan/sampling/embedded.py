@@ -36,7 +36,8 @@ from mulligan.types import Completion, Request, Tokens
 _ROOM = 128  # columns of the cache that are allocated ahead at first
 _REFILL_AT = 1.0  # steps of the batch that may be lost on free places before waiting samples are taken in
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
-_STRETCH = 64  # tokens whose probabilities are summed at once while drawing
+_STRETCH = 64  # tokens whose probabilities are summed at once while drawing from a large vocabulary
+_WHOLE = 1024  # the largest that is none
 _COMPACT_AT = 1 / 16  # of the live rows finished: packing them costs about as much as one step of keeping them
 
 
@@ -389,18 +390,23 @@ def draw(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, 
 
 
 def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability reaches ``uniform`` of the total, in two stages: stretches first.
+    """The first token whose cumulative probability reaches ``uniform`` of the total.
 
-    A running sum over a whole vocabulary in float64 would be the dearest operation of a small model's step.
+    Of a large vocabulary in two stages, stretches of it first: a running sum in float64 over all of it takes five times
+    as long.
     """
     rows, size = logprobs.shape
+    if size <= _WHOLE:
+        cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        # Above 0 and at most the total, so the first entry to reach it exists and is above the one before.
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:])
+        # The clamp is for NaN alone: such a row is reported when it ends and must not crash before.
+        return token.squeeze(1).clamp_(max=size - 1)
     stretches = -(-size // _STRETCH)
     probs = logprobs.new_zeros(rows, stretches, _STRETCH)
     torch.exp(logprobs, out=probs.view(rows, -1)[:, :size])
     cdf = probs.sum(-1).cumsum(-1, dtype=torch.float64)
-    # Above 0 and at most the total, so the first entry to reach it exists and is above the one before.
     threshold = uniform[:, None] * cdf[:, -1:]
-    # The clamps are for NaN alone: such a row is reported when it ends and must not crash before.
     stretch = torch.searchsorted(cdf, threshold).clamp_(max=stretches - 1)
     before = torch.where(stretch > 0, cdf.gather(1, (stretch - 1).clamp(min=0)), 0.0)
     inside = probs.gather(1, stretch[..., None].expand(-1, -1, _STRETCH)).squeeze(1).cumsum(-1, dtype=torch.float64)

@@ -22,7 +22,7 @@ from transformers import (
 from mulligan.errors import UserError
 from mulligan.sampling import Sampler, embedded, prefill
 from mulligan.sampling.cache import can_grow
-from mulligan.sampling.embedded import EmbeddedSampler
+from mulligan.sampling.embedded import EmbeddedSampler, draw
 from mulligan.seeds import seed_of
 from tests.sampling.helpers import ask, build, collect, drawn
 
@@ -388,3 +388,21 @@ def test_updates_of_the_model_are_seen_at_once(qwen, tokenizer):
         model.lm_head.weight.neg_()
     after = drawn(sampler, [ask([5, 6])])
     assert before != after == drawn(EmbeddedSampler(model, tokenizer, temperature=0.0, max_new_tokens=5), [ask([5, 6])])
+
+
+def test_drawing_from_a_large_vocabulary_is_drawing_from_its_cumulative_sum():
+    """Two stages of stretches against one sum in float64; the last stretch is not full, and most tokens are never."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 4 * torch.randn(400, 3001, generator=generator)
+    logits[:, torch.randperm(3001, generator=generator)[:2000]] = -math.inf
+    logits[:3, :2990] = -math.inf
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[:6] = torch.tensor([1e-12, 0.5, 1 - 1e-12] * 2, dtype=torch.float64)
+    logits[:3, 2995] = 0.0
+    token, logprob = draw(logits, torch.ones(400), uniform)
+    probs = logits.double().softmax(-1)
+    cdf = probs.cumsum(-1)
+    above = cdf.gather(1, token[:, None])[:, 0]
+    mine = probs.gather(1, token[:, None])[:, 0]
+    assert bool((mine > 0).all()) and bool(logprob.isfinite().all())
+    assert bool((above >= uniform - 1e-6).all()) and bool((above - mine <= uniform + 1e-6).all())
