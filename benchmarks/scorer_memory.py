@@ -2,7 +2,7 @@
 
     python benchmarks/scorer_memory.py [--dtypes float32,bfloat16] [--pairs 5] [--json]
 
-One table (``--json``: one object a row with ``work``, ``ratio``, ``goal``), some four minutes a row on one core. Wants
+One table (``--json``: one object a row with ``work``, ``ratio``, ``goal``), some five minutes a row on one core. Wants
 TRL; without it its columns stay empty. The work: forward and backward of the log-probs of 4,096 tokens after each of 4
 loops, 151,936 words of vocabulary, hidden states of 256, with the loss that RLTT's readout makes of them. Trunks are
 left out: the hidden states are given.
@@ -12,7 +12,7 @@ gradients of both, all of which are there already. ``ratio`` is 500 MB over ours
 its fused head once a loop, as its ``GRPOTrainer`` does for a model without loops; its function
 ``selective_log_softmax`` is given a loop's logits at a time. That one and plain ``log_softmax`` need many GB, so on
 the CPU they are measured at 256 and 512 tokens, and the line through both is read off at 4,096 (marked ~). Times are
-of 512 tokens on the CPU, all in one process, in turns: medians, and the median of time(scorer) / time(ours).
+of 256 tokens on the CPU, all in one process, in turns: medians, and the median of time(scorer) / time(ours).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mulligan.models.looped import LoopedConfig, LoopedForCausalLM, LoopedModelO
 
 TOKENS, VOCABULARY, WIDTH, LOOPS = 4096, 151_936, 256, 4
 LIMIT = 500.0  # MB
-FEW = 512  # tokens of whatever holds all logits, and of the times, where the memory is the CPU's
+FEW = 512  # tokens of whatever holds all logits, where the memory is the CPU's; the times are of half as many
 SCORERS = ("ours", "trl", "trl_function", "naive")
 NAMES = {"ours": "ours", "trl": "TRL's trainer", "trl_function": "selective_log_softmax", "naive": "all logits"}
 
@@ -95,6 +95,7 @@ class Bench:
             targets=self.ids[0, 1:],
             row=torch.zeros_like(places),
             temperature=torch.ones(count, device=self.device),
+            tempered=False,
             layout={},
         )
         logprobs = score(self.model, batch, loops=tuple(range(1, LOOPS + 1))).logprobs
@@ -204,14 +205,15 @@ def measured(dtype: str, tokens: int, vocabulary: int, pairs: int) -> dict[str, 
     scorers = [each for each in SCORERS if "trl" not in each or importlib.util.find_spec("trl")]
     few = tokens if torch.cuda.is_available() else min(FEW, tokens)
     peak = peaks(scorers, tokens, vocabulary, dtype, few)
-    taken = times(scorers, few, vocabulary, dtype, pairs)
+    timed = few if few == tokens else few // 2
+    taken = times(scorers, timed, vocabulary, dtype, pairs)
     return {
         "work": f"{tokens:,} tokens x {LOOPS} loops x {vocabulary:,} words, {dtype}",
         "ratio": LIMIT / peak["ours"],
         "goal": 1.0,
         "megabytes": peak,
         "extrapolated": [each for each in peak if few < tokens and each in ("trl_function", "naive")],
-        "timed_tokens": few,
+        "timed_tokens": timed,
         "seconds": {scorer: statistics.median(each) for scorer, each in taken.items()},
         "time_ratios": {
             scorer: statistics.median(its / mine for its, mine in zip(each, taken["ours"], strict=True))

@@ -27,6 +27,7 @@ class Batch:
     targets: torch.Tensor  # int64 [N]: the scored tokens, row by row
     row: torch.Tensor  # int64 [N]: which of the rows each scored token is of
     temperature: torch.Tensor  # float32 [N]
+    tempered: bool  # some temperature is not 1
     layout: dict[str, torch.Tensor]  # what the forward pass takes beside the tokens: positions and mask of trees
 
 
@@ -97,6 +98,7 @@ def pack(items: Sequence[Item], pad: int, device: torch.device, trees: Trees | N
         targets=torch.cat(targets).to(device),
         row=torch.cat(rows).to(device),
         temperature=torch.cat(temperatures).to(device),
+        tempered=any(item.temperature != 1.0 for item in items),
         layout=layout,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -151,11 +152,13 @@ def head_logprobs(
     size = max(1, CHUNK // head.weight.shape[0])
 
     def chunk(h: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        logits = shape_logits(model, head(h)) / temperature[:, None]
+        logits = shape_logits(model, head(h))
+        if batch.tempered:
+            logits = logits / temperature[:, None]
+        if not entropy:  # in one pass each way, where the parts below are some nine
+            return -functional.cross_entropy(logits, targets, reduction="none")[None]
         norm = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - norm
-        if not entropy:
-            return logprobs[None]
         return torch.stack([logprobs, norm - ((logits - norm[:, None]).exp() * logits).sum(-1)])
 
     if in_tiles(head, len(states)):
