@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py [--axes length,group,vocabulary] [--repeats 5] [--out DIR] [--json]
 
-prints one table (``--json``: one object a curve with ``work``, ``ratio``, ``goal``), about four minutes on one core;
+prints one table (``--json``: one object a curve with ``work``, ``ratio``, ``goal``), about five minutes on one core;
 ``--out`` saves ``growth.png``. One thing is changed at a time, of a Qwen3 of 2 layers, 128 wide, with random weights:
 
     length      1 prompt x 4 responses of 64 to 4,096 tokens, 503 words

@@ -3,9 +3,9 @@
     python benchmarks/scorer_memory.py [--dtypes float32,bfloat16] [--pairs 5] [--json]
 
 One table (``--json``: one object a row with ``work``, ``ratio``, ``goal``), some five minutes a row on one core. Wants
-TRL; without it its columns stay empty. The work: forward and backward of the log-probs of 4,096 tokens after each of 4
-loops, 151,936 words of vocabulary, hidden states of 256, with the loss that RLTT's readout makes of them. Trunks are
-left out: the hidden states are given.
+TRL, which is left out where it is not installed. The work: forward and backward of the log-probs of 4,096 tokens after
+each of 4 loops, 151,936 words of vocabulary, hidden states of 256, with the loss that RLTT's readout makes of them.
+Trunks are left out: the hidden states are given.
 
 Peak memory is what a process of its own needs beyond what it had before: beyond the hidden states, the head, and the
 gradients of both, all of which are there already. ``ratio`` is 500 MB over ours, and its goal 1. TRL's trainer reads
