@@ -1,13 +1,14 @@
 """vLLM as a side of a comparison: a worker of another Python, which waits while others have their turn.
 
-How it is run: the engine within the worker itself; compiled; as many threads as ours; no statistics, no detokenizing, and
-no log-probs of the drawn tokens, which ours returns; prefixes shared in blocks of 32 tokens and forgotten between two
-turns. Both precisions are rows of their own.
+How it is run: the engine within the worker itself; compiled; as many threads as ours; no statistics, no detokenizing,
+and no log-probs of the drawn tokens, which ours returns; prefixes shared in blocks of 32 tokens and forgotten between
+two turns. Both precisions are rows of their own.
 
-Tried by hand with 0.32.0 and one thread, tokens a second of processor time on a busy machine, so only their order counts:
+Tried by hand with 0.32.0 and one thread, tokens a second of processor time on a busy machine, so only their order
+counts:
 
-- blocks of 32 tokens against the default of 128: 13,500 to 10,800 (16-token prompts), 5,300 to 3,800 (512-token prompts);
-  64 are as good as 32.
+- blocks of 32 tokens against the default of 128: 13,500 to 10,800 (16-token prompts), 5,300 to 3,800 (512-token
+  prompts); 64 are as good as 32.
 - compiled against eager: 12,300 to 10,700 in float32, 17,000 to 13,500 in bfloat16.
 - no difference: ``max_num_batched_tokens`` of 8,192 and 16,384, one request with 8 samples in place of 8 requests,
   prefix caching switched off (16-token prompts), tcmalloc preloaded.
