@@ -48,6 +48,7 @@ from transformers.utils import logging
 from vs_trl import product_rate
 from workload import EOS, PAD, Work, make_model, make_prompts
 
+from mulligan.models.loading import load_model
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.sampling.precision import RoundedSampler
 from mulligan.seeds import seed_of
@@ -107,11 +108,8 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.parameters = make_model(work, folder)
         # One for the peers and one for us, so that nobody runs what another one has put into it.
-        self.model: Any
-        self.own: Any
-        self.model, self.own = (AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2))
-        for model in (self.model, self.own):
-            model.to(self.device)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval().to(self.device)
+        self.own: Any = load_model(str(folder), device=str(self.device)).model
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompts = make_prompts(work)
 

@@ -49,6 +49,9 @@ class ModelSection(Section):
         default=None, ge=1, description="of a looped model, in sampling and learning; left out: the model's own number"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory, for a second forward pass")
+    compile: bool = Field(
+        default=False, description="torch.compile of each layer around its attention; half a minute when a run begins"
+    )
     chat: Literal["auto", "on", "off"] = Field(
         default="auto", description="prompts as a user's turn; 'auto': where the tokenizer has a chat template"
     )

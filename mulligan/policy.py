@@ -14,6 +14,7 @@ from mulligan.errors import UserError
 from mulligan.learner.update import frozen_models
 from mulligan.method import Method
 from mulligan.models.adapters import Lora, add_adapter, has_adapter
+from mulligan.models.compiled import compile_layers, is_compiled, warm_up
 from mulligan.models.loading import SHIPPED, LoadedModel, choose_device, load_model
 from mulligan.models.looped import set_loops
 from mulligan.objective import REFERENCE
@@ -74,6 +75,11 @@ def load_policy(run: Run) -> LoadedModel:
         if not loaded.model.supports_gradient_checkpointing:
             raise UserError(f"model.gradient_checkpointing: {loaded.model.config.model_type} cannot do it")
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+    if run.model.compile:
+        if run.lora.rank or run.model.gradient_checkpointing:
+            other = "an adapter (lora.rank)" if run.lora.rank else "model.gradient_checkpointing"
+            raise UserError(f"model.compile: not together with {other}")
+        compile_layers(loaded.model, autocast_of(run.model))
     return loaded
 
 
@@ -113,6 +119,8 @@ def frozen_of(methods: Sequence[Method], policy: LoadedModel, settings: ModelSec
             out[name] = load_teacher(name, path, policy, settings)
         elif not (name == REFERENCE.model and has_adapter(policy.model)):
             out[name] = copy.deepcopy(policy.model).requires_grad_(False)
+            if is_compiled(policy.model):
+                warm_up(out[name], autocast_of(settings))
     return out
 
 

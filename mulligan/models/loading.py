@@ -25,6 +25,7 @@ from transformers.utils import logging
 from mulligan.errors import UserError, nearest
 from mulligan.models.looped import LoopedForCausalLM
 from mulligan.models.norms import take_norms
+from mulligan.models.rotary import take_rotary
 
 SHIPPED = {"pico": "pico", "pico-qwen3": "pico_qwen3"}  # model name -> folder beside this file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -73,6 +74,7 @@ def load_model(
         raise UserError(f"{source}: the tokenizer's largest id is {largest}, beyond the model's vocabulary")
     model = cast(Any, model).to(where)
     take_norms(model)
+    take_rotary(model)
     return LoadedModel(model, tokenizer, name_or_path)
 
 
@@ -115,6 +117,7 @@ def load_skeleton(directory: str | Path, dtype: str, trust_remote_code: bool = F
     except Exception as error:  # damaged tokenizer files raise anything at all
         raise UserError(f"{directory}: cannot be loaded: {_line(error)}") from error
     take_norms(model)
+    take_rotary(model)
     return LoadedModel(model.eval(), tokenizer, str(directory))
 
 

@@ -35,6 +35,7 @@ from mulligan.errors import UserError
 from mulligan.models.attention import Branches, below_autocast, branches_of, no_autocast, tree_attention
 from mulligan.models.forks import Forks, forked_attention, forks_of
 from mulligan.models.norms import is_for, rms_norm
+from mulligan.models.rotary import rotate
 
 _PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
 
@@ -266,16 +267,11 @@ class _Context:
     """What all layers of all loops share in one forward pass; computed once."""
 
     cos: torch.Tensor  # [1 or B, T, 1, head_dim]
-    sin: torch.Tensor  # the same, its first half negated
+    sin: torch.Tensor  # the same
     mask: torch.Tensor | None  # what SDPA takes; None: causal (T > 1) or everything (T = 1)
     causal: bool
     branches: Branches | None = None  # in place of a mask: the tokens are trees
     forks: Forks | None = None  # in place of a mask: the rows go on from shared prompts
-
-
-def _rotate(x: torch.Tensor, context: _Context) -> torch.Tensor:
-    """RoPE on [B, T, heads, head_dim]: element i is paired with element i + head_dim / 2."""
-    return torch.addcmul(x * context.cos, x.roll(x.shape[-1] // 2, dims=-1), context.sin)
 
 
 class LoopedAttention(nn.Module):
@@ -294,15 +290,21 @@ class LoopedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: _Context, cache: Cache | None, slot: int) -> torch.Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)
-        q = _rotate(self.q_proj(x).view(shape), context).transpose(1, 2)
-        k = _rotate(self.k_proj(x).view(shape), context).transpose(1, 2)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
+        q = rotate(self.q_proj(x).view(shape), context.cos, context.sin)
+        k = rotate(self.k_proj(x).view(shape), context.cos, context.sin)
+        return self.o_proj(self.attend(q, k, self.v_proj(x).view(shape), context, cache, slot))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: _Context, cache: Cache | None, slot: int
+    ) -> torch.Tensor:
+        """From queries, keys and values [B, T, heads, head_dim], rotated, to [B, T, heads * head_dim]."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, slot)
         if context.forks is not None:
-            return self.o_proj(forked_attention(q, k, v, context.forks).transpose(1, 2).flatten(2))
+            return forked_attention(q, k, v, context.forks).transpose(1, 2).flatten(2)
         if context.branches is not None:
-            return self.o_proj(tree_attention(q, k, v, context.branches).transpose(1, 2).flatten(2))
+            return tree_attention(q, k, v, context.branches).transpose(1, 2).flatten(2)
         grouped = self.groups > 1
         if grouped and context.mask is not None:
             # Given a mask, SDPA's grouped mode falls back to a kernel that stores every score.
@@ -312,7 +314,7 @@ class LoopedAttention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=context.mask, is_causal=context.causal, enable_gqa=grouped
             )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
 
 class LoopedLayer(GradientCheckpointingLayer):
@@ -489,7 +491,7 @@ class LoopedModel(LoopedPreTrainedModel):
         exponents = torch.arange(0, size, 2, device=x.device, dtype=wide) / -size
         angles = positions[..., None, None].to(wide) * self.rope_theta**exponents
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B or 1, T, 1, head_dim / 2]
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
         if mask is None:
             if past == 0 or length == 1:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mulligan.models.compiled import is_compiled, warm_up
 from mulligan.sampling import OnDone
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.seeds import seed_of
@@ -45,7 +46,10 @@ class RoundedSampler(EmbeddedSampler):
             id(p): nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False) for p in policy.parameters()
         }
         self._trained = [(rounded[id(p)], p) for p in policy.parameters() if p.requires_grad]
-        super().__init__(copy.deepcopy(policy, rounded).eval(), tokenizer, **settings)
+        model = copy.deepcopy(policy, rounded).eval()
+        if is_compiled(model) and model.device.type != "cpu":  # where decoding is compiled
+            warm_up(model)  # before anything else goes through it
+        super().__init__(model, tokenizer, **settings)
 
     def run(self, requests: Sequence[Request], on_done: OnDone) -> None:
         """As :meth:`EmbeddedSampler.run`."""

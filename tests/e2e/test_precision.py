@@ -59,6 +59,27 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(model, more, tmp_path,
     assert len(trained) == 3 and any(trained)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pico", "pico-qwen3"])
+def test_a_compiled_run_goes_on_as_it_would_have(model, tmp_path, monkeypatch):
+    argv = (*SHIPPED, "--model", model, "model.compile=true")
+    for more in ((), HALF):
+        folder = tmp_path / f"of{len(more)}"
+        folder.mkdir()
+        whole = run(folder / "whole", monkeypatch, *argv, *more, "--steps", "3")
+        torch._dynamo.reset()  # another process has compiled nothing
+        run(folder / "parts", monkeypatch, *argv, *more, "--steps", "2")
+        torch._dynamo.reset()
+        ended_alike(whole, run(folder / "parts", monkeypatch, *argv, *more, "--steps", "3", "--resume"))
+
+
+@pytest.mark.parametrize("more", ["lora.rank=2", "model.gradient_checkpointing=true"])
+def test_what_is_not_compiled_is_refused(more, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(*SHIPPED, "--model", "pico-qwen3", "model.compile=true", more)
+    refused(said, "model.compile: not together with", more.split("=")[0])
+
+
 @pytest.mark.parametrize(("more", "low", "high"), [((), 0.0, 1e-5), (HALF[:1], 1e-4, 1.0), (HALF[1:], 1e-4, 1.0)])
 def test_the_distance_of_sampler_and_learner_is_logged(more, low, high, tmp_path, monkeypatch):
     found = mismatches(run(tmp_path, monkeypatch, *SHIPPED, "--steps", "2", *more))

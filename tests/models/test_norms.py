@@ -76,4 +76,6 @@ def test_a_model_gives_the_same_and_saves_the_same(model, norms):
             assert name == its_name
             torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-6)
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert model.bfloat16()(tokens).logits.dtype == torch.bfloat16  # by transformers' own code again
+    rounded, own = model.bfloat16()(tokens).logits, plain.bfloat16()(tokens).logits
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded, own, rtol=0.05, atol=0.05)
