@@ -12,7 +12,7 @@ The learner's operations are those of the model: 6 a weight and token (twice the
 backward), the head on scored tokens alone, and 12 a layer, channel and pair of tokens that attend. Each layout counts
 its own tokens without padding: all rows' flat, the unique ones as trees. Decoding counts the bytes that a step has to
 read: the weights once, each distinct prompt's keys and values once, and each row's own. Where every row has a copy of
-its prompt, more is read than is counted.
+its prompt, more is read than is counted. What is compiled (``model.compile``) comes last.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from mulligan.learner.packing import Item, layouts, micro_batches
 from mulligan.learner.sharing import layer_costs, shares_prefixes
 from mulligan.learner.trees import Trees, plant_within
 from mulligan.log import RunLog
+from mulligan.models.compiled import compile_layers
 from mulligan.models.loading import output_head
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.seeds import seed_of
@@ -70,6 +71,7 @@ class Size:
     scored: int  # tokens of the scorer's peak memory
     product: int = 0  # size of the matrices for the ceiling; 0: the best of some
     copy: int = 0  # bytes for the bandwidth; 0: large
+    compiled: bool = True  # whether learner and decoder are measured compiled, too
 
 
 REAL = Size(
@@ -109,6 +111,7 @@ TINY = Size(
     scored=64,
     product=256,
     copy=2**22,
+    compiled=False,
 )
 
 
@@ -346,8 +349,20 @@ def measure(size: Size, device: torch.device, say: Callable[[str], None]) -> Ite
         say("the learner's layouts")
         session.learner.optimizer.state.clear()  # room
         yield from learner_speed(size, session.loaded.model, limits)
-    say("the scorer")
-    yield from scorer_peak(size, limits)
+        say("the scorer")
+        yield from scorer_peak(size, limits)
+        if size.compiled:
+            say("compiling")
+            yield from compiled(size, session, limits)
+
+
+def compiled(size: Size, session: Session, limits: Limits) -> Iterator[Row]:
+    """Decoder and learner once more, with ``model.compile``."""
+    model = session.loaded.model
+    seconds = seconds_of(lambda: compile_layers(model), limits.device)
+    yield row("model.compile, before the first step", seconds, "s")
+    for each in (*decoding(size, session, limits), *learner_speed(size, model, limits)):
+        yield {**each, "work": f"{each['work']}, compiled"}
 
 
 def show(rows: list[Row], title: str, console: Console) -> None:

@@ -72,9 +72,9 @@ def load_model(
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings:
         raise UserError(f"{source}: the tokenizer's largest id is {largest}, beyond the model's vocabulary")
-    model = cast(Any, model).to(where)
-    take_norms(model)
+    take_norms(model)  # before it leaves the CPU, where what it is made of is tried out
     take_rotary(model)
+    model = cast(Any, model).to(where)
     return LoadedModel(model, tokenizer, name_or_path)
 
 

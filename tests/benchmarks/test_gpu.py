@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,15 @@ def loud():
     logging.disable(logging.NOTSET)
     if before:
         its_logging.enable_progress_bar()
+
+
+@pytest.mark.slow
+def test_it_runs_compiled(bench, loud):
+    size = replace(bench.gpu.TINY, compiled=True)
+    rows = list(bench.gpu.measure(size, bench.device.best_device(), lambda _: None))
+    names = [row["work"] for row in rows]
+    assert "model.compile, before the first step" in names
+    assert {"decode step, 16 rows, compiled", "learner, trees, compiled"} <= set(names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the names of the rows are those of a CPU")
