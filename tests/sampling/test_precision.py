@@ -56,7 +56,7 @@ def changed(policy, rounded, change) -> None:
 
 def test_it_samples_as_the_checkpoint_does_that_is_loaded_in_bfloat16(policy, rounded, tokenizer, tmp_path):
     save_model(policy, tokenizer, tmp_path)
-    loaded = load_model(str(tmp_path), dtype="bfloat16", device="cpu").model
+    policy, loaded = (load_model(str(tmp_path), dtype=dtype, device="cpu").model for dtype in ("float32", "bfloat16"))
     sampler = rounded(policy)
     found = collect(sampler, REQUESTS)
     assert found == collect(EmbeddedSampler(loaded, tokenizer, max_new_tokens=9), REQUESTS)
