@@ -54,7 +54,7 @@ PROMPTS, SAMPLES, NEW = 16, 8, 128
 EVERY = 1  # steps between evaluations
 PROBLEMS, EVAL_SAMPLES = 128, 4
 MOST = 40  # steps, after which a run has failed to arrive
-RATES = (4e-4, 3e-4, 2e-4, 6e-4, 1e-4)
+RATES = (4e-4, 6e-4, 3e-4, 9e-4, 2e-4, 1.3e-3)
 TUNING_SEEDS = (1000, 1001, 1002)
 
 
