@@ -1,6 +1,6 @@
 """Seconds of training until 80 % of held-out `chain` problems are solved: TRL against ours, from the plain pico base.
 
-    python benchmarks/time_to_accuracy.py [--seeds 9] [--rates 4e-4,3e-4,2e-4,6e-4,1e-4] [--json]
+    python benchmarks/time_to_accuracy.py [--seeds 9] [--rates 4e-4,6e-4,3e-4,9e-4,2e-4,1.3e-3] [--json]
 
 prints one table (``--json``: one object with ``work``, ``ratio``, ``goal``); about 20 minutes of one quiet core. Wants
 TRL: pip install 'mulligan[trl]'.

@@ -5,7 +5,7 @@
 prints one table (``--json``: one object a row with ``work``, ``ratio``, ``goal``). Wants TRL:
 pip install 'mulligan[trl]'. Steps of the two alternate in one process, so that a busy machine is busy for both; the
 ratio is the median over the pairs of time(TRL) / time(ours), with the least and the largest beside it. Rows 0 to 3 take
-one to five minutes each of one quiet core; row 4 is the time to an accuracy, a table of its own
+two to twelve minutes each of one quiet core; row 4 is the time to an accuracy, a table of its own
 (``time_to_accuracy.py``).
 
 TRL runs with the fastest of the settings that are tried first (``peer_trl.py`` says which, and what was tried by hand):

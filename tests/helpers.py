@@ -163,6 +163,18 @@ def assert_near(left: Weights, right: Weights, relative: float = 1e-9, *, may_va
     assert float((flat(left) - flat(right)).norm()) <= relative * size
 
 
+def assert_same_gradients(ours: torch.nn.Module, plain: torch.nn.Module, tokens: torch.Tensor, **more) -> None:
+    """Two models of one kind have the same loss on tokens [rows, length], parameter names and gradients."""
+    loss, expected = (model(tokens, labels=tokens, **more).loss for model in (ours, plain))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    plain.zero_grad()
+    expected.backward()
+    for (name, mine), (its_name, its) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == its_name
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-6)
+
+
 def each(verify: Callable[[Problem, str], Grade]) -> Grader:
     """A word on one response as a word on several, which is what a rollout wants."""
     return lambda problem, responses, tokens: [verify(problem, response) for response in responses]

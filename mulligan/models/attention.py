@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from mulligan.models import flex
 from mulligan.models.forks import forked_attention, forks_of
+from mulligan.models.norms import wide
 
 NAME = "mulligan"  # of this attention among transformers'
 
@@ -71,7 +72,7 @@ class _TreeAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         _, heads, length, size = q.shape
         out = q.new_empty(1, length, heads, size).transpose(1, 2)  # in the order in which the next projection reads it
-        norm = q.new_empty(1, length, heads, dtype=_wide(q)).transpose(1, 2)  # log of each softmax' denominator
+        norm = q.new_empty(1, length, heads, dtype=wide(q)).transpose(1, 2)  # log of each softmax' denominator
         for run in branches.runs:
             part, its_norm = _forward(_blocks(q, run), _blocks(k, run), _blocks(v, run), 0.0, True, scale=scale)
             _blocks(out, run).copy_(part)
@@ -120,10 +121,6 @@ def _blocks(x: torch.Tensor, run: tuple[int, int, int]) -> torch.Tensor:
     """A view [count, heads, length, ...] of a run's tokens in [1, heads, N, ...]."""
     start, length, count = run
     return x[0, :, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1)
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def below_autocast(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from mulligan.errors import UserError
 from mulligan.models import rotary
 from mulligan.models.looped import LoopedLayer
-from mulligan.models.norms import is_taken, wide
+from mulligan.models.norms import computes_with, is_near, is_taken, wide
 
 _TOKENS = (2048, 64)  # of the passes that compile: sums over many tokens are another program
 _FORMS = 64  # of one part that may be compiled in one process: models, dtypes, with and without gradients
@@ -170,7 +170,7 @@ def compile_layers(model: PreTrainedModel, autocast: torch.dtype | None = None) 
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether :func:`compile_layers` has seen this model, or the one that it was copied from."""
     layers = getattr(model.base_model, "layers", None) or ()
-    return any(getattr(vars(layer).get("forward"), "__func__", None) in (_forward, _forward_looped) for layer in layers)
+    return any(computes_with(layer, _forward, _forward_looped) for layer in layers)
 
 
 def warm_up(model: PreTrainedModel, autocast: torch.dtype | None = None) -> None:
@@ -263,6 +263,4 @@ def _agrees(layer: Any) -> bool:
         ours = _forward(layer, x[:, :1], None, position_embeddings=(tables[0][:, :1], tables[1][:, :1]))
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
         return False
-    theirs = (theirs[0] if isinstance(theirs, tuple) else theirs)[:, :1]
-    near = (1e-5 if weight.dtype in (torch.float32, torch.float64) else 0.05) * float(theirs.abs().max())
-    return bool((theirs - ours).abs().max() <= near)
+    return is_near(ours, (theirs[0] if isinstance(theirs, tuple) else theirs)[:, :1])

@@ -34,7 +34,7 @@ from transformers.utils.generic import ModelOutput
 from mulligan.errors import UserError
 from mulligan.models.attention import Branches, below_autocast, branches_of, no_autocast, tree_attention
 from mulligan.models.forks import Forks, forked_attention, forks_of
-from mulligan.models.norms import is_for, rms_norm
+from mulligan.models.norms import is_for, rms_norm, wide
 from mulligan.models.rotary import rotate
 
 _PUBLISHED_NAMES = {"LoopedForCausalLM": "OuroForCausalLM", "LoopedModel": "OuroModel"}
@@ -450,7 +450,7 @@ class LoopedModel(LoopedPreTrainedModel):
         none = states[0].new_empty((*states[0].shape[:2], 0))
         with no_autocast(none.device):  # probabilities are never computed in half precision
             gates = torch.cat([none, *(self.early_exit_gate(h) for h in states[:-1])], dim=-1)
-        return gates.to(_wide(gates))
+        return gates.to(wide(gates))
 
     def _open_cache(self, cache: Cache | None, use_cache: bool | None, loops: int) -> Cache | None:
         """The cache to use, with a slot for each layer of each loop."""
@@ -487,9 +487,9 @@ class LoopedModel(LoopedPreTrainedModel):
             positions = torch.arange(past, past + length, device=x.device)[None]
 
         size = self.config.head_dim
-        wide = _wide(x)
-        exponents = torch.arange(0, size, 2, device=x.device, dtype=wide) / -size
-        angles = positions[..., None, None].to(wide) * self.rope_theta**exponents
+        full = wide(x)  # angles are never computed in half precision
+        exponents = torch.arange(0, size, 2, device=x.device, dtype=full) / -size
+        angles = positions[..., None, None].to(full) * self.rope_theta**exponents
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B or 1, T, 1, head_dim / 2]
         cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
@@ -515,11 +515,6 @@ def _causal_mask(real: torch.Tensor, length: int) -> torch.Tensor:
     size = real.shape[1]
     causal = torch.ones(length, size, dtype=torch.bool, device=real.device).tril(size - length)
     return (causal & real[:, None, None, :]) | causal.triu(size - length)
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    """float32, or float64 for float64: angles and probabilities are never computed in half precision."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):

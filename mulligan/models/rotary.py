@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mulligan.models.norms import is_for, is_taken, normalised, through_norm, wide
+from mulligan.models.norms import computes_with, is_for, is_near, is_taken, normalised, through_norm, wide
 
 _PROJECTIONS, _NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 
@@ -182,7 +182,7 @@ def attend(
 
 def is_own(attention: torch.nn.Module) -> bool:
     """Whether a layer computes with the functions of this module."""
-    return getattr(vars(attention).get("forward"), "__func__", None) is _forward
+    return computes_with(attention, _forward)
 
 
 def _is_alike(module: Any) -> bool:
@@ -227,5 +227,4 @@ def _agrees(module: Any, embed: Any) -> bool:
         module.train(training)
         for norm, own in zip(norms, kept, strict=True):
             norm.weight = own
-    near = (1e-5 if weight.dtype in (torch.float32, torch.float64) else 0.05) * float(theirs.abs().max())
-    return bool((theirs - ours).abs().max() <= near)
+    return is_near(ours, theirs)

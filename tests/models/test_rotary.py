@@ -27,6 +27,7 @@ from transformers import (
 
 from mulligan.models.norms import take_norms
 from mulligan.models.rotary import is_own, norm_and_rotate, rotate, take_rotary
+from tests.helpers import assert_same_gradients
 
 SMALL = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
@@ -97,16 +98,7 @@ def test_a_model_gives_the_same_and_saves_the_same(model, layers):
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     for one in (model, copy.deepcopy(model)):
-        loss = one(tokens, attention_mask=mask, labels=tokens).loss
-        expected = plain(tokens, attention_mask=mask, labels=tokens).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-        loss.backward()
-        plain.zero_grad()
-        expected.backward()
-        for (name, mine), (its_name, its) in zip(one.named_parameters(), plain.named_parameters(), strict=True):
-            assert name == its_name
-            if its.grad is not None:
-                torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-6)
+        assert_same_gradients(one, plain, tokens, attention_mask=mask)
     assert model.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
         found, its = (one(tokens[:1, :4], use_cache=True) for one in (model, plain))
