@@ -52,6 +52,9 @@ class ModelSection(Section):
     compile: bool = Field(
         default=False, description="torch.compile of each layer around its attention; half a minute when a run begins"
     )
+    kernels: bool = Field(
+        default=False, description="on a CPU: decoding and attention over trees in C++, built in seconds and kept"
+    )
     chat: Literal["auto", "on", "off"] = Field(
         default="auto", description="prompts as a user's turn; 'auto': where the tokenizer has a chat template"
     )

@@ -15,6 +15,7 @@ from mulligan.learner.update import frozen_models
 from mulligan.method import Method
 from mulligan.models.adapters import Lora, add_adapter, has_adapter
 from mulligan.models.compiled import compile_layers, is_compiled, warm_up
+from mulligan.models.kernels import take_kernels
 from mulligan.models.loading import SHIPPED, LoadedModel, choose_device, load_model
 from mulligan.models.looped import set_loops
 from mulligan.objective import REFERENCE
@@ -75,6 +76,10 @@ def load_policy(run: Run) -> LoadedModel:
         if not loaded.model.supports_gradient_checkpointing:
             raise UserError(f"model.gradient_checkpointing: {loaded.model.config.model_type} cannot do it")
         loaded.model.activation_checkpointing_enable({"use_reentrant": False})
+    if run.model.kernels:
+        if run.lora.rank:
+            raise UserError("model.kernels: not together with an adapter (lora.rank)")
+        take_kernels(loaded.model)
     if run.model.compile:
         if run.lora.rank or run.model.gradient_checkpointing:
             other = "an adapter (lora.rank)" if run.lora.rank else "model.gradient_checkpointing"

@@ -164,6 +164,7 @@ def _sampler_settings(run: Run, model: PreTrainedModel, rows: int) -> dict[str, 
         # The learner scores one loop for all tokens, so the policy that samples reads out that loop too, whatever
         # threshold the config has.
         "exit_threshold": 1.0 if is_looped(model) else None,
+        "kernels": run.model.kernels,
     }
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from mulligan.models import flex
 from mulligan.models.forks import forked_attention, forks_of
 from mulligan.models.norms import wide
+from mulligan.native.trees import Layout, TreeAttention
 
 NAME = "mulligan"  # of this attention among transformers'
 
@@ -36,7 +38,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Branches:
     """Which of N tokens attends to which.
 
@@ -46,6 +48,11 @@ class Branches:
 
     runs: tuple[tuple[int, int, int], ...]  # (start, length, count): nodes of one length, side by side
     shared: tuple[tuple[int, int, int], ...]  # (start, end, last): tokens end to last hang below tokens start to end
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The same for the compiled kernels."""
+        return Layout(self.runs, self.shared)
 
     def mask(self, device: torch.device) -> torch.Tensor:
         """What stands for this in a call's ``attention_mask``.
@@ -124,19 +131,19 @@ def _blocks(x: torch.Tensor, run: tuple[int, int, int]) -> torch.Tensor:
 
 
 def below_autocast(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, longest: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values as attention takes them: where autocast is on, in the dtype that is fastest.
 
     Args:
         q: [..., head_dim], k and v as well.
-        longest: tokens of the longest row.
+        longest: tokens of the longest row; None: whatever it is, its dtype is the fastest.
     """
     kind = q.device.type
     if not torch.is_autocast_enabled(kind):
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
-    if kind == "cpu" and longest * q.shape[-1] < _HALF_PAYS:
+    if kind == "cpu" and longest is not None and longest * q.shape[-1] < _HALF_PAYS:
         dtype = torch.float32
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -148,7 +155,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, branches: Branches, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    branches: Branches,
+    scale: float | None = None,
+    kernels: bool = False,
 ) -> torch.Tensor:
     """Attention along the paths of trees: in blocks of its own on the CPU, through FlexAttention elsewhere.
 
@@ -156,6 +168,7 @@ def tree_attention(
         q: [1, heads, N, head_dim].
         k: [1, key and value heads, N, head_dim], v as well; their heads divide the query heads.
         scale: of the scores; None: ``1 / sqrt(head_dim)``.
+        kernels: through the compiled ones, on the CPU.
 
     Returns:
         [1, heads, N, head_dim].
@@ -166,7 +179,11 @@ def tree_attention(
     if q.shape[0] != 1 or k.shape != v.shape or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"no attention over trees for shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     by = float(q.shape[-1] ** -0.5) if scale is None else scale
-    q, k, v = below_autocast(q, k, v, max(length for _, length, _ in branches.runs))
+    q, k, v = below_autocast(q, k, v, None if kernels else max(length for _, length, _ in branches.runs))
+    if kernels:
+        found = TreeAttention.apply(q, k, v, branches.layout, by)
+        assert isinstance(found, torch.Tensor)
+        return found
     if flex.is_for(q.device):
         return flex.flex_tree_attention(q, k, v, branches, by)
     if (groups := q.shape[1] // k.shape[1]) > 1:
@@ -198,7 +215,7 @@ def _attention(
     if forks is not None:
         return forked_attention(query, key, value, forks, scaling).transpose(1, 2), None
     assert branches is not None
-    return tree_attention(query, key, value, branches, scaling).transpose(1, 2), None
+    return tree_attention(query, key, value, branches, scaling, getattr(module, "kernels", False)).transpose(1, 2), None
 
 
 def with_own_attention(model: PreTrainedModel, agrees: Callable[[PreTrainedModel], bool]) -> bool:

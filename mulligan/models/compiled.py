@@ -17,50 +17,23 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mulligan.errors import UserError
 from mulligan.models import rotary
+from mulligan.models.layers import epsilon_of, halves, known_layers, parameters_of
 from mulligan.models.looped import LoopedLayer
-from mulligan.models.norms import computes_with, is_near, is_taken, wide
+from mulligan.models.norms import computes_with
 
 _TOKENS = (2048, 64)  # of the passes that compile: sums over many tokens are another program
 _FORMS = 64  # of one part that may be compiled in one process: models, dtypes, with and without gradients
 _warming = False  # whether a pass is there to compile
-_NORMS = ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2")
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    x = x.to(wide(x))
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 @cache
-def _parts(eps: float, size: int, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two parts of a layer whose norms have this epsilon and whose heads are so wide."""
-
-    def before(x, cos, sin, norm, q, k, v, q_norm, k_norm):
-        h = _norm(x, norm, eps)
-        q, k, v = (functional.linear(h, *each).view(x.shape[0], -1, size) for each in (q, k, v))
-        if q_norm is not None:
-            q, k = _norm(q, q_norm, eps), _norm(k, k_norm, eps)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
-
-    def after(x, attended, o, norm, gate, up, down, attention_norm, mlp_norm):
-        h = functional.linear(attended, *o)
-        x = x + (h if attention_norm is None else _norm(h, attention_norm, eps))
-        h = _norm(x, norm, eps)
-        h = functional.linear(functional.silu(functional.linear(h, *gate)) * functional.linear(h, *up), *down)
-        return x + (h if mlp_norm is None else _norm(h, mlp_norm, eps))
-
+def _halves(eps: float, size: int, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    before, after = halves(eps, size)
     if not compiled:
         return before, after
     return torch.compile(before, fullgraph=True), torch.compile(after, fullgraph=True)
@@ -81,23 +54,13 @@ def _run(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tens
     shape, (first, second) = x.shape, layer.parts
     flat, cos, sin = _flat(x), _flat(cos.expand(*shape[:2], -1)), _flat(sin.expand(*shape[:2], -1))
     # One token is a size that compilers make another program of.
-    before, after = _parts(layer.epsilon, cos.shape[-1], len(flat) > 1)
+    before, after = _halves(layer.epsilon, cos.shape[-1], len(flat) > 1)
     _mark(flat, cos, sin)
     q, k, v = before(flat, cos, sin, *first)
     # Below autocast attention chooses its dtype by the length of the rows.
     attended = _flat(attend(*(each.view(*shape[:2], *each.shape[1:]) for each in (q, k, v)))).to(v.dtype)
     _mark(attended)
     return after(flat, attended, *second).view(shape)
-
-
-def _parameters(layer: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What the two parts take of a layer."""
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = [getattr(getattr(layer, name, None), "weight", None) for name in _NORMS]
-    heads = [getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm")]
-    q, k, v, o = ((each.weight, each.bias) for each in (getattr(attention, f"{name}_proj") for name in "qkvo"))
-    gate, up, down = ((each.weight, each.bias) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    return (norms[0], q, k, v, *heads), (o, norms[2], gate, up, down, norms[1], norms[3])
 
 
 def _mark(*tensors: Tensor) -> None:
@@ -154,15 +117,11 @@ def compile_layers(model: PreTrainedModel, autocast: torch.dtype | None = None) 
     Raises:
         UserError: layers that are made otherwise, or nothing to compile with.
     """
-    layers = list(getattr(model.base_model, "layers", ()))
-    strange = next((layer for layer in layers if not _is_alike(layer)), None)
-    if strange is not None or not layers:
-        kind = type(model if strange is None else strange).__name__
-        raise UserError(f"model.compile: the layers of {model.config.model_type} ({kind}) are not of the kind it knows")
+    layers = known_layers(model, "model.compile")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on without, and say so in a warning
     for layer in layers:
-        layer.parts, layer.epsilon = _parameters(layer), _epsilon(layer)
+        layer.parts, layer.epsilon = parameters_of(layer), epsilon_of(layer)
         layer.forward = MethodType(_forward_looped if isinstance(layer, LoopedLayer) else _forward, layer)
     warm_up(model, autocast)
 
@@ -215,52 +174,3 @@ def _modes(learns: bool, autocast: torch.dtype | None) -> Iterator[tuple[bool, t
         yield False, autocast
     if learns:
         yield True, autocast
-
-
-def _epsilon(layer: Any) -> float:
-    norm = layer.input_layernorm
-    return norm.eps if isinstance(layer, LoopedLayer) else norm.variance_epsilon
-
-
-def _is_alike(layer: Any) -> bool:
-    """Whether a layer is made of what :func:`_run` knows."""
-    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    inside = dict(layer.named_modules())
-    # No adapter, no quantised weights.
-    if any(type(inside.get(name)) is not nn.Linear or inside[name]._forward_hooks for name in names):
-        return False
-    return isinstance(layer, LoopedLayer) or _is_llama(layer)
-
-
-def _is_llama(layer: Any) -> bool:
-    """Whether a decoder layer of transformers is pre-norm attention and SwiGLU, each added to its input."""
-    names = {name for name, _ in layer.named_children()}
-    if names != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} or "forward" in vars(layer):
-        return False
-    epsilon, attention = getattr(layer.input_layernorm, "variance_epsilon", None), layer.self_attn
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    return (
-        rotary.is_own(attention)
-        and all(is_taken(norm) and norm.variance_epsilon == epsilon for norm in norms)
-        and {name for name, _ in layer.mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        and _agrees(layer)
-    )
-
-
-@torch.no_grad()
-def _agrees(layer: Any) -> bool:
-    """Whether a layer gives what :func:`_run` gives, uncompiled."""
-    weight = layer.self_attn.q_proj.weight
-    x = (torch.arange(3 * weight.shape[1], device=weight.device) * 0.7).sin().view(1, 3, -1).to(weight.dtype)
-    angles = torch.arange(3 * layer.self_attn.head_dim, device=weight.device).view(1, 3, -1).to(weight.dtype)
-    tables = (angles.cos(), angles.sin())
-    given = {"attention_mask": None, "position_embeddings": tables}
-    layer.parts, layer.epsilon = _parameters(layer), _epsilon(layer)
-    try:
-        theirs = type(layer).forward(layer, x, **given)
-        # Token by token, which is not compiled: without attention the first alone is the same.
-        ours = _forward(layer, x[:, :1], None, position_embeddings=(tables[0][:, :1], tables[1][:, :1]))
-    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
-        return False
-    return is_near(ours, (theirs[0] if isinstance(theirs, tuple) else theirs)[:, :1])

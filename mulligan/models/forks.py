@@ -20,6 +20,8 @@ class Forks:
 
     rows: torch.Tensor  # int64 [P * M]: the row at each place of each prompt; where none is, any row
     place: torch.Tensor  # int64 [R]: the place of each row
+    # int64: the rows in the order of their prompts [R], the prompt of each row [R], the padding before each prompt [P]
+    by_prompt: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     prompt_bias: torch.Tensor | None  # [P, 1, 1, S]: 0, and -inf at padding; None: no padding
     own_bias: torch.Tensor | None = None  # [R, 1, T]: the same for the columns that are the rows' own
 
@@ -33,7 +35,8 @@ class Forks:
         places = prompt[order] * most + among
         rows = prompt.new_zeros(len(pads) * most).index_copy_(0, places, order)
         place = torch.empty_like(prompt).index_copy_(0, order, places)
-        return cls(rows, place, hidden(pads, length)[:, None, None] if bool(pads.any()) else None)
+        bias = hidden(pads, length)[:, None, None] if bool(pads.any()) else None
+        return cls(rows, place, (order, prompt, pads), bias)
 
     def mask(self) -> torch.Tensor:
         """What stands for this in a call's ``attention_mask``: four dimensions, which a model passes on, no entries."""

@@ -281,6 +281,7 @@ class LoopedAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.kernels = False  # mulligan.models.kernels
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -304,7 +305,7 @@ class LoopedAttention(nn.Module):
         if context.forks is not None:
             return forked_attention(q, k, v, context.forks).transpose(1, 2).flatten(2)
         if context.branches is not None:
-            return tree_attention(q, k, v, context.branches).transpose(1, 2).flatten(2)
+            return tree_attention(q, k, v, context.branches, kernels=self.kernels).transpose(1, 2).flatten(2)
         grouped = self.groups > 1
         if grouped and context.mask is not None:
             # Given a mask, SDPA's grouped mode falls back to a kernel that stores every score.
@@ -434,10 +435,7 @@ class LoopedModel(LoopedPreTrainedModel):
 
         output = LoopedModelOutput(last_hidden_state=x, past_key_values=cache)
         if threshold < 1.0:
-            output.exit_loops = exit_loops(self._gates(states), threshold)
-            for loop, state in enumerate(states[:-1], start=1):
-                x = torch.where((output.exit_loops == loop)[..., None], state, x)
-            output.last_hidden_state = x
+            output.last_hidden_state, output.exit_loops = self.read_out(states, threshold)
         if output_hidden_states:
             output.hidden_states = (embeddings, *states)
         if output_loops:
@@ -445,9 +443,30 @@ class LoopedModel(LoopedPreTrainedModel):
             output.exit_probabilities = exit_distribution(self._gates(states))
         return output
 
+    def read_out(self, states: list[torch.Tensor], threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's state [..., d] of its exit loop, and that loop, int64 [...] from 1.
+
+        Args:
+            states: of every loop, each [..., d], after the final norm.
+            threshold: q, as for :meth:`forward`, below 1.
+        """
+        found, x = exit_loops(self._gates(states), threshold), states[-1]
+        for loop, state in enumerate(states[:-1], start=1):
+            x = torch.where((found == loop)[..., None], state, x)
+        return x, found
+
+    def rotary_tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [..., head_dim] of the angles that positions [...] turn a head by."""
+        full = torch.promote_types(dtype, torch.float32)  # angles are never computed in half precision
+        size = self.config.head_dim
+        exponents = torch.arange(0, size, 2, device=positions.device, dtype=full) / -size
+        angles = positions[..., None].to(full) * self.rope_theta**exponents
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [..., head_dim / 2]
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
     def _gates(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Gate logits [B, T, loops - 1] after each loop but the last, float32 or wider."""
-        none = states[0].new_empty((*states[0].shape[:2], 0))
+        """Gate logits [..., loops - 1] after each loop but the last, float32 or wider."""
+        none = states[0].new_empty((*states[0].shape[:-1], 0))
         with no_autocast(none.device):  # probabilities are never computed in half precision
             gates = torch.cat([none, *(self.early_exit_gate(h) for h in states[:-1])], dim=-1)
         return gates.to(wide(gates))
@@ -486,12 +505,7 @@ class LoopedModel(LoopedPreTrainedModel):
         if positions is None:
             positions = torch.arange(past, past + length, device=x.device)[None]
 
-        size = self.config.head_dim
-        full = wide(x)  # angles are never computed in half precision
-        exponents = torch.arange(0, size, 2, device=x.device, dtype=full) / -size
-        angles = positions[..., None, None].to(full) * self.rope_theta**exponents
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # [B or 1, T, 1, head_dim / 2]
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        cos, sin = (table[:, :, None] for table in self.rotary_tables(positions, x.dtype))
 
         if mask is None:
             if past == 0 or length == 1:

@@ -50,12 +50,25 @@ class GrowingSlot(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        if self.end + new > self._buffers[0].shape[2]:
-            self._move_house(self._row_capacity(), self.end - self.begin, new)
-        self.end += new
+        self._extend(new)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.end - new : self.end] = states
         return self._show()
+
+    def extend(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """One more column, for the caller to fill; and then what :meth:`lie` gives."""
+        self._extend(1)
+        return self.lie()
+
+    def lie(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Buffers [rows or more, heads, capacity, head_dim] of keys and values, the first column in use and the end."""
+        keys, values = self._buffers
+        return keys, values, self.begin, self.end
+
+    def _extend(self, new: int) -> None:
+        if self.end + new > self._buffers[0].shape[2]:
+            self._move_house(self._row_capacity(), self.end - self.begin, new)
+        self.end += new
 
     def admit(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Adds rows below those there are.

@@ -26,6 +26,7 @@ from mulligan.models.forks import Forks, hidden
 from mulligan.sampling import OnDone
 from mulligan.sampling.batch import Draw, Next, Order, Queue, Rows
 from mulligan.sampling.cache import GrowingCache, can_grow, select_rows
+from mulligan.sampling.decoder import checked_decoder
 from mulligan.sampling.forking import forks_prompts
 from mulligan.sampling.prefill import Block, continued, groups, stems
 from mulligan.sampling.prompts import Prompts
@@ -33,7 +34,7 @@ from mulligan.sampling.stops import StopFinder
 from mulligan.seeds import uniforms
 from mulligan.types import Completion, Request, Tokens
 
-_ROOM = 128  # columns of the cache that are allocated ahead at first
+_ROOM = 128  # columns of the cache that are allocated ahead at first, at most
 _REFILL_AT = 1.0  # steps of the batch that may be lost on free places before waiting samples are taken in
 _DRAW_NUMBERS = 1 << 24  # entries of one float64 [rows, vocabulary] block while drawing (128 MiB)
 _STRETCH = 64  # tokens whose probabilities are summed at once while drawing from a large vocabulary
@@ -75,6 +76,7 @@ class EmbeddedSampler:
             ``behavior_logprobs`` are those of the loop that was read out.
         context_length: context, prefix and own tokens together at most. None: the config's
             ``max_position_embeddings``, or no limit if it has none.
+        kernels: decode with compiled kernels (:mod:`mulligan.sampling.decoder`) in place of the model's own code.
 
     Attributes:
         stats: totals since construction: ``refills``; ``samples``; ``prefill_tokens`` (distinct prompts,
@@ -84,7 +86,7 @@ class EmbeddedSampler:
 
     Raises:
         UserError: a setting that is out of range, or a model that has no key-value cache, or no loops for
-            ``num_loops`` and ``exit_threshold``.
+            ``num_loops`` and ``exit_threshold``, or is none for ``kernels``.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class EmbeddedSampler:
         num_loops: int | None = None,
         exit_threshold: float | None = None,
         context_length: int | None = None,
+        kernels: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -126,6 +129,8 @@ class EmbeddedSampler:
                 self._extra[name] = value
         if exit_threshold is not None and not 0 <= exit_threshold <= 1:
             raise UserError(f"the sampler: exit_threshold is {exit_threshold}, but must be a number from 0 to 1")
+        with _evaluating(model):
+            self._decoder = checked_decoder(model, **self._extra) if kernels else None
         if "logits_to_keep" in accepted:
             self._extra["logits_to_keep"] = 1
         self._eos = torch.tensor(_eos_ids(model, tokenizer), dtype=torch.long, device=model.device)
@@ -146,6 +151,8 @@ class EmbeddedSampler:
                 Also logits that are not finite.
         """
         batch = _Batch(Queue())
+        if self._decoder is not None:
+            self._decoder.update()
         for order in [self._order(request) for request in requests]:
             batch.queue.add(order)
         while batch.queue.waiting or batch.rows is not None:
@@ -205,8 +212,12 @@ class EmbeddedSampler:
                 continue
             if rows.gone >= max(1.0, _COMPACT_AT * len(rows)):
                 token = token[self._compact(batch)]
-            mask = self._mask(batch)
-            batch.after = self._forward(token[:, None], rows.position[:, None], mask, cache)
+            if self._decoder is None:
+                mask = self._mask(batch)
+                batch.after = self._forward(token[:, None], rows.position[:, None], mask, cache)
+            else:
+                assert batch.forks is not None
+                batch.after = self._decoder.step(token, rows.position, batch.forks, rows.pad, cache)
             self.stats["decode_rows"] += len(rows)
             rows.position = rows.position + 1
             if self.context_length is not None:
@@ -267,7 +278,9 @@ class EmbeddedSampler:
         source = self._tensor([there[order.prompt] for order, _ in draws])
         assert prompts.after is not None
         after = prompts.after.rows(source)
-        batch.cache = GrowingCache(_ROOM) if batch.cache is None else batch.cache
+        if batch.cache is None:
+            # Rows whose columns lie close together are read faster.
+            batch.cache = GrowingCache(min(_ROOM, max(order.limit for order, _ in draws)))
         if self._forks:
             batch.cache.fork(prompts.cache, len(draws))
         else:

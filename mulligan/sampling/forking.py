@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from mulligan.models.attention import with_own_attention
 from mulligan.models.forks import Forks
 from mulligan.sampling.cache import GrowingCache
 
+# From a model, tokens [R], their positions [R], which row goes on from which prompt, and the cache, to logits [R, V].
+Step = Callable[[PreTrainedModel, torch.Tensor, torch.Tensor, Forks, GrowingCache], torch.Tensor]
+
 
 def forks_prompts(model: PreTrainedModel) -> bool:
     """Whether a model gives the same logits to rows that go on from shared prompts as to rows by themselves.
@@ -19,25 +23,35 @@ def forks_prompts(model: PreTrainedModel) -> bool:
     (:func:`mulligan.models.attention.with_own_attention`). Any other model decodes rows that each have a copy of
     their prompt.
     """
-    return with_own_attention(model, _agrees)
+    return with_own_attention(model, agrees)
+
+
+def _step(model: PreTrainedModel, token: torch.Tensor, position: torch.Tensor, forks: Forks, cache: Any) -> Any:
+    """The logits of a step by the model's own code."""
+    fixed = _fixed(model)
+    given = {"position_ids": position[:, None], "past_key_values": cache, "use_cache": True}
+    return model(token[:, None], attention_mask=forks.mask(), **given, **fixed).logits[:, -1]
+
+
+def _fixed(model: PreTrainedModel) -> dict[str, Any]:
+    # Rounding must not choose the loop that a token is read out of.
+    return {"exit_threshold": 1.0} if hasattr(model.config, "total_ut_steps") else {}
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel) -> bool:
+def agrees(model: PreTrainedModel, step: Step = _step) -> bool:
     """Whether two steps of three rows from two prompts have the last logits of the rows alone."""
     device, size = model.device, int(model.config.get_text_config().vocab_size)
     tokens = torch.arange(30, device=device) * 7 % size
     prompts, of = (tokens[:9], tokens[9:14]), (0, 1, 0)
     ends = (tokens[14:16], tokens[16:18], tokens[20:22])
     rows = [torch.cat([prompts[i], end])[None] for i, end in zip(of, ends, strict=True)]
-    # Rounding must not choose the loop that a token is read out of.
-    fixed: dict[str, Any] = {"exit_threshold": 1.0} if hasattr(model.config, "total_ut_steps") else {}
     ids, pads = tokens.new_zeros(2, 9), torch.tensor([0, 4], device=device)
     ids[0], ids[1, 4:] = prompts
     column = torch.arange(9, device=device) - pads[:, None]
     found = []
     try:
-        alone = [model(row, use_cache=False, **fixed).logits[0, -1] for row in rows]
+        alone = [model(row, use_cache=False, **_fixed(model)).logits[0, -1] for row in rows]
         shared, cache = GrowingCache(room=0), GrowingCache()
         model(
             ids,
@@ -48,10 +62,9 @@ def _agrees(model: PreTrainedModel) -> bool:
         )
         cache.fork(shared, 3)
         forks = Forks.of(torch.tensor(of, device=device), pads, 9)
-        for step, new in enumerate(torch.stack(ends).T):
-            position = torch.tensor([9, 5, 9], device=device)[:, None] + step
-            given = {"position_ids": position, "past_key_values": cache, "use_cache": True}
-            found.append(model(new[:, None], attention_mask=forks.mask(), **given, **fixed).logits[:, -1].float())
+        for number, new in enumerate(torch.stack(ends).T):
+            position = torch.tensor([9, 5, 9], device=device) + number
+            found.append(step(model, new, position, forks, cache).float())
     except (ValueError, RuntimeError, TypeError, IndexError):  # an attention of its own, given a mask of no entries
         return False
     expected = torch.stack(alone).float()

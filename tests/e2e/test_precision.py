@@ -73,6 +73,21 @@ def test_a_compiled_run_goes_on_as_it_would_have(model, tmp_path, monkeypatch):
         ended_alike(whole, run(folder / "parts", monkeypatch, *argv, *more, "--steps", "3", "--resume"))
 
 
+@pytest.mark.parametrize("model", ["pico", "pico-qwen3"])
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_a_run_with_kernels_goes_on_as_it_would_have(model, half, tmp_path, monkeypatch):
+    argv = (*SHIPPED, "--model", model, "model.kernels=true", *(HALF if half else ()))
+    whole = run(tmp_path / "whole", monkeypatch, *argv, "--steps", "3")
+    assert all(off < (1.0 if half else 1e-5) for off in mismatches(whole))
+    run(tmp_path / "parts", monkeypatch, *argv, "--steps", "2")
+    ended_alike(whole, run(tmp_path / "parts", monkeypatch, *argv, "--steps", "3", "--resume"))
+
+
+def test_kernels_and_an_adapter_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(call(*SHIPPED, "--model", "pico-qwen3", "model.kernels=true", "lora.rank=2"), "model.kernels", "lora.rank")
+
+
 @pytest.mark.parametrize("more", ["lora.rank=2", "model.gradient_checkpointing=true"])
 def test_what_is_not_compiled_is_refused(more, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,9 @@ from mulligan.methods.grpo import grpo
 from mulligan.models import flex
 from mulligan.models.adapters import Lora, add_adapter
 from mulligan.models.attention import Branches, branches_of, tree_attention
+from mulligan.models.kernels import take_kernels
+from mulligan.models.norms import take_norms
+from mulligan.models.rotary import take_rotary
 from mulligan.objective import START
 from mulligan.types import Row, Tokens
 from tests.helpers import Probe, flat, make_row, make_sample, tiny, tokens
@@ -286,6 +289,10 @@ def probe(kind: str, more: str, layout: str, kernel: str = "blocks") -> Probe:
     with torch.no_grad():
         for weight in reference.parameters():
             weight *= 1.05
+    if more == "kernels":
+        take_norms(model)
+        take_rotary(model)
+        take_kernels(model)
     if more == "checkpointing":
         model.activation_checkpointing_enable({"use_reentrant": False})
     if more == "lora":
@@ -315,7 +322,7 @@ def trained(on: Probe, rows: list[Row], method: Method, budget: int) -> tuple[fl
     return loss, flat(gradient), mine
 
 
-@pytest.mark.parametrize("more", KINDS_OF_MODELS)
+@pytest.mark.parametrize("more", [*KINDS_OF_MODELS, "kernels"])
 @pytest.mark.parametrize("case", CASES)
 @few
 @given(rows=updates(), budget=st.sampled_from([60, 150, 10_000]))

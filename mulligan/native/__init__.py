@@ -1,0 +1,1 @@
+"""Kernels in C++ for the CPU: decoding, and attention over trees."""
