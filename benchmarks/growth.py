@@ -173,7 +173,7 @@ def status(what: str) -> float:
 
 
 @contextmanager
-def session_of(work: Work) -> Iterator[tuple[Session, RunLog]]:
+def session_of(work: Work, kernels: bool = False) -> Iterator[tuple[Session, RunLog]]:
     """A run whose every step does this work."""
     with tempfile.TemporaryDirectory() as name:
         folder, rng = Path(name), random.Random(0)
@@ -187,7 +187,7 @@ def session_of(work: Work) -> Iterator[tuple[Session, RunLog]]:
         run = {
             "steps": 10_000,
             "out": str(folder / "run"),
-            "model": {"name": str(folder / "model")},
+            "model": {"name": str(folder / "model"), "kernels": kernels},
             "task": {
                 "name": "jsonl",
                 "path": str(data),
@@ -213,11 +213,11 @@ def step(session: Session, log: RunLog, *, memory: bool = False) -> dict[str, fl
     return watch.found
 
 
-def measure(axis: str, points: Sequence[tuple[int, Work]], repeats: int) -> list[Curve]:
+def measure(axis: str, points: Sequence[tuple[int, Work]], repeats: int, kernels: bool = False) -> list[Curve]:
     """All curves against one axis."""
     curves = {(q, p): Curve(axis, p, q, [n for n, _ in points]) for q in QUANTITIES for p in PARTS}
     with ExitStack() as stack:
-        sessions = [stack.enter_context(session_of(work)) for _, work in points]
+        sessions = [stack.enter_context(session_of(work, kernels)) for _, work in points]
         for session in sessions:
             step(*session)
         for curve in curves.values():
@@ -287,6 +287,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, help="of each axis the smallest so many")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a directory for growth.png")
+    parser.add_argument("--kernels", action="store_true", help="with model.kernels")
     parser.add_argument("--json", action="store_true", help="one JSON object a curve")
     chosen = parser.parse_args()
     wrong = [axis for axis in chosen.axes.split(",") if axis not in AXES]
@@ -296,7 +297,7 @@ def main() -> None:
     disable_progress_bar()
     curves: list[Curve] = []
     for axis in chosen.axes.split(","):
-        found = measure(axis, AXES[axis][: chosen.points], chosen.repeats)
+        found = measure(axis, AXES[axis][: chosen.points], chosen.repeats, chosen.kernels)
         curves += found
         if chosen.json:
             for curve in found:

@@ -25,7 +25,10 @@ from mulligan.learner.packing import Item, layouts, micro_batches, pack
 from mulligan.learner.scoring import score
 from mulligan.learner.sharing import layer_costs, shares_prefixes
 from mulligan.learner.trees import Trees, plant_within
+from mulligan.models.kernels import take_kernels
 from mulligan.models.loading import load_model
+from mulligan.models.norms import take_norms
+from mulligan.models.rotary import take_rotary
 from mulligan.types import Tokens
 
 GROUP, BUDGET = 8, 16384
@@ -76,7 +79,7 @@ WORKS = {
 def small_qwen() -> PreTrainedModel:
     """1.1M parameters, 128 wide, with random weights."""
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=512,
             hidden_size=128,
@@ -89,6 +92,9 @@ def small_qwen() -> PreTrainedModel:
             tie_word_embeddings=True,
         )
     )
+    take_norms(model)
+    take_rotary(model)
+    return model
 
 
 def trained(model: PreTrainedModel, items: list[Item], layout: Layout) -> float:
@@ -129,6 +135,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     parser.add_argument("--dtype", choices=dtypes, help="of the weights; default: float32, and bfloat16 on CUDA")
+    parser.add_argument("--kernels", action="store_true", help="with model.kernels")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     chosen = parser.parse_args()
     device = best_device()
@@ -140,6 +147,8 @@ def main() -> None:
             weight.data = weight.data.to(dtype)
         if not shares_prefixes(model):
             raise SystemExit(f"{name} reads flat batches alone")
+        if chosen.kernels:
+            take_kernels(model)
         for work in WORKS:
             row = measured(name, model.train(), work, chosen.prompts, chosen.pairs)
             if chosen.json:

@@ -161,13 +161,15 @@ def _status(field: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def open_session(method: str, folder: Path, base: str, task: dict[str, Any], prompts: int, share: bool) -> Session:
+def open_session(
+    method: str, folder: Path, base: str, kernels: bool, task: dict[str, Any], prompts: int, share: bool
+) -> Session:
     return prepare(
         validate(
             {
                 "steps": 10_000,
                 "out": str(folder),
-                "model": {"name": base},
+                "model": {"name": base, "kernels": kernels},
                 "task": {"name": "chain", **task},
                 "method": {"name": method},
                 "sampling": {"prompts": prompts},
@@ -190,6 +192,7 @@ def open_runners(
     say: Callable[[str], None],
     prompts: int,
     share: bool = True,
+    kernels: bool = False,
     **task: Any,
 ) -> list[Runner]:
     """A runner for each row; methods that the base cannot do are told and left out."""
@@ -198,7 +201,7 @@ def open_runners(
     for name in names:
         run = folder / f"{len(out)}"
         try:
-            session = open_session(name, run, base, task, prompts, share)
+            session = open_session(name, run, base, kernels, task, prompts, share)
         except UserError as error:
             say(f"left out: {error}")
             continue
@@ -251,12 +254,18 @@ def _ratio(ours: float, theirs: float) -> float | None:
 
 
 def costs(
-    names: Sequence[str], base: str, rounds: int, prompts: int, share: bool, say: Callable[[str], None]
+    names: Sequence[str],
+    base: str,
+    rounds: int,
+    prompts: int,
+    share: bool,
+    kernels: bool,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The rows of the table of costs, GRPO's first."""
     with ExitStack() as stack:
-        (grpo,) = open_runners([GRPO], base, stack, say, prompts, share)
-        runners = open_runners(names, base, stack, say, prompts, share)
+        (grpo,) = open_runners([GRPO], base, stack, say, prompts, share, kernels)
+        runners = open_runners(names, base, stack, say, prompts, share, kernels)
         measure(grpo, runners, rounds, say)
         return [row_of(runner, grpo) for runner in (grpo, *runners)]
 
@@ -277,7 +286,7 @@ def costs_table(rows: Sequence[dict[str, Any]], base: str) -> Table:
     return table
 
 
-def none_pass(base: str, rounds: int, prompts: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def none_pass(base: str, rounds: int, prompts: int, kernels: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Rows of what LTE costs more than GRPO, a level of ``chain`` each, and of the fit through all of them.
 
     The extra is ``c`` times the share of prompts that no sample solves; c is what a second round costs beside a first.
@@ -285,7 +294,7 @@ def none_pass(base: str, rounds: int, prompts: int, say: Callable[[str], None]) 
     rows = []
     for level in LEVELS:
         with ExitStack() as stack:
-            grpo, lte = open_runners([GRPO, "lte"], base, stack, say, prompts, level=level)
+            grpo, lte = open_runners([GRPO, "lte"], base, stack, say, prompts, kernels=kernels, level=level)
             measure(grpo, [lte], rounds, say)
         share = statistics.mean(c.none_pass for c in lte.costs)
         row = row_of(lte, grpo)
@@ -326,6 +335,7 @@ def main() -> None:
     parser.add_argument("--none-pass", action="store_true", help="LTE over levels in place of all methods")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=16, help="problems a step")
+    parser.add_argument("--kernels", action="store_true", help="with model.kernels")
     parser.add_argument("--flat", action="store_true", help="no prefixes are shared, by no method")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     chosen = parser.parse_args()
@@ -336,10 +346,10 @@ def main() -> None:
         err.print(text, highlight=False)
 
     if chosen.none_pass:
-        rows = none_pass(chosen.base, chosen.rounds, chosen.prompts, say)
+        rows = none_pass(chosen.base, chosen.rounds, chosen.prompts, chosen.kernels, say)
     else:
         names = chosen.methods.split(",") if chosen.methods else every_method()
-        rows = costs(names, chosen.base, chosen.rounds, chosen.prompts, not chosen.flat, say)
+        rows = costs(names, chosen.base, chosen.rounds, chosen.prompts, not chosen.flat, chosen.kernels, say)
     if chosen.json:
         for row in rows:
             print(json.dumps(row), flush=True)

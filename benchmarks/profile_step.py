@@ -161,14 +161,14 @@ def spans_of(session: Session, log: RunLog) -> list[Span]:
     ]
 
 
-def demo(folder: Path) -> Session:
+def demo(folder: Path, more: dict[str, Any]) -> Session:
     """`make demo`'s steps: GRPO on the looped pico base."""
     return prepare(
         validate(
             {
                 "steps": 10_000,
                 "out": str(folder / "ours"),
-                "model": {"name": "pico"},
+                "model": {"name": "pico", **more},
                 "sampling": {"prompts": 16},
                 "optimizer": {"learning_rate": 4e-4},
             }
@@ -176,7 +176,7 @@ def demo(folder: Path) -> Session:
     )
 
 
-def qwen(folder: Path) -> Session:
+def qwen(folder: Path, more: dict[str, Any]) -> Session:
     """Random weights, texts of one token a word, and a reward that half of the responses get."""
     work = Work(name="profile", goal=1.0)
     make_model(work, folder / "model")
@@ -191,7 +191,7 @@ def qwen(folder: Path) -> Session:
             {
                 "steps": 10_000,
                 "out": str(folder / "ours"),
-                "model": {"name": str(folder / "model")},
+                "model": {"name": str(folder / "model"), **more},
                 "task": {
                     "name": "jsonl",
                     "path": str(data),
@@ -205,17 +205,19 @@ def qwen(folder: Path) -> Session:
     )
 
 
-WORKS: dict[str, tuple[str, Callable[[Path], Session]]] = {
+WORKS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], Session]]] = {
     "demo": ("GRPO on pico, 16 x 8", demo),
     "qwen": ("GRPO on 1.1M Qwen3, 32 x 8, 16-token prompts, 64 new", qwen),
 }
 
 
-def profile(build: Callable[[Path], Session], steps: int) -> list[dict[str, float]]:
+def profile(
+    build: Callable[[Path, dict[str, Any]], Session], steps: int, kernels: bool = False
+) -> list[dict[str, float]]:
     """Seconds of each step by phase."""
     found = []
     with tempfile.TemporaryDirectory() as name:
-        session, stopper = build(Path(name)), Stopper()
+        session, stopper = build(Path(name), {"kernels": True} if kernels else {}), Stopper()
         with RunLog(Path(name) / "ours") as log:
             for step in range(WARM_UP + steps):
                 clock = Clock()
@@ -250,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="after some that warm up")
     parser.add_argument("--works", default=",".join(WORKS), help="which of the columns")
+    parser.add_argument("--kernels", action="store_true", help="with model.kernels")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -258,7 +261,7 @@ def main() -> None:
         if key not in WORKS:
             raise SystemExit(f"--works: '{key}' is none of {', '.join(WORKS)}")
         work, build = WORKS[key]
-        columns[work] = rows_of(work, profile(build, chosen.steps))
+        columns[work] = rows_of(work, profile(build, chosen.steps, chosen.kernels))
         if chosen.json:
             for row in columns[work]:
                 print(json.dumps(row), flush=True)

@@ -103,8 +103,8 @@ class Turns:
 class Bench:
     """One work, and everybody who does it."""
 
-    def __init__(self, work: Work, places: int, folder: Path) -> None:
-        self.work, self.places, self.folder = work, places, folder
+    def __init__(self, work: Work, places: int, folder: Path, kernels: bool = False) -> None:
+        self.work, self.places, self.folder, self.kernels = work, places, folder, kernels
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.parameters = make_model(work, folder)
         # One for the peers and one for us, so that nobody runs what another one has put into it.
@@ -119,7 +119,9 @@ class Bench:
 
     def ours(self, turn: int, precision: str = "float32") -> Turn:
         kind = RoundedSampler if precision == "bfloat16" else EmbeddedSampler
-        sampler = kind(self.own, self.tokenizer, max_new_tokens=self.work.new, max_rows=self.places)
+        sampler = kind(
+            self.own, self.tokenizer, max_new_tokens=self.work.new, max_rows=self.places, kernels=self.kernels
+        )
         requests = []
         for i, prompt in enumerate(self.prompts):
             problem = Problem(task="benchmark", split="test", index=i, prompt="", answer="")
@@ -241,11 +243,11 @@ def take_turns(bench: Bench, peers: list[Peer], pairs: int) -> Turns:
 
 
 def measure(
-    work: Work, places: int, pairs: int, worker: Worker | None, say: Callable[[str], None]
+    work: Work, places: int, pairs: int, worker: Worker | None, say: Callable[[str], None], kernels: bool = False
 ) -> list[dict[str, Any]]:
     """The rows of one work."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(work, places, Path(folder))
+        bench = Bench(work, places, Path(folder), kernels)
         peers = bench.peers(worker, say)
         found = take_turns(bench, peers, pairs)
     rows = []
@@ -326,6 +328,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, range(len(WORKS)))), help="which works, from 0")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="of torch; its own number by default")
+    parser.add_argument("--kernels", action="store_true", help="with model.kernels")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     chosen = parser.parse_args()
     if chosen.threads:
@@ -340,7 +343,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     try:
         for work, places in (WORKS[int(index)] for index in chosen.rows.split(",")):
-            found = measure(work, places, chosen.pairs, worker, partial(err.print, highlight=False, markup=False))
+            found = measure(
+                work, places, chosen.pairs, worker, partial(err.print, highlight=False, markup=False), chosen.kernels
+            )
             rows += found
             for row in found if chosen.json else ():
                 print(json.dumps(row), flush=True)

@@ -124,7 +124,7 @@ def our_session(model: Path, out: Path, rate: float, seed: int) -> Session:
                 "steps": MOST,
                 "seed": seed,
                 "out": str(out),
-                "model": {"name": str(model)},
+                "model": {"name": str(model), "kernels": not torch.cuda.is_available()},
                 "task": {"name": TASK, "level": LEVEL},
                 "method": {"name": "grpo", "group_size": SAMPLES},
                 "sampling": {"prompts": PROMPTS, "max_new_tokens": NEW},

@@ -10,7 +10,7 @@ two to twelve minutes each of one quiet core; row 4 is the time to an accuracy, 
 
 TRL runs with the fastest of the settings that are tried first (``peer_trl.py`` says which, and what was tried by hand):
 completions a forward pass, precision, attention, cache. Ours is looked for in the same way: precision (of row 3 alone),
-``model.compile``, the size of the learner's passes. What comes before the first step is on nobody's clock. Both sides
+``model.kernels``, ``model.compile``, the size of the learner's passes. What comes before the first step is on nobody's clock. Both sides
 have float32 master weights, the same fused AdamW and the same clipping, and one update a step over all rows. The run
 ends where either sampled or trained another number of rows, where TRL's responses are of another length than ours
 beyond chance (4 standard errors), or where the optimizers differ.
@@ -68,12 +68,16 @@ class Own:
 
     sampling: str = "float32"  # precision of the weights that sample
     learning: str = "float32"  # and of the learner's passes
+    kernels: bool = False
     compiled: bool = False
     micro_batch: int = 2048  # tokens of a pass of the learner
 
     def __str__(self) -> str:
-        words = "compiled" if self.compiled else "not compiled"
-        return f"sampling {self.sampling}, learning {self.learning}, {words}, passes of {self.micro_batch:,} tokens"
+        words = [word for word in ("kernels", "compiled") if getattr(self, word)] or ["neither kernels nor compiled"]
+        return (
+            f"sampling {self.sampling}, learning {self.learning}, {', '.join(words)}, "
+            f"passes of {self.micro_batch:,} tokens"
+        )
 
 
 def even(completions: list[str], **columns: Any) -> list[float]:
@@ -102,7 +106,12 @@ def our_run(work: Work, folder: Path, own: Own, name: str) -> Ours:
             {
                 "steps": 10_000,
                 "out": str(out),
-                "model": {"name": str(folder / "model"), "compute_dtype": own.learning, "compile": own.compiled},
+                "model": {
+                    "name": str(folder / "model"),
+                    "compute_dtype": own.learning,
+                    "kernels": own.kernels,
+                    "compile": own.compiled,
+                },
                 "task": {
                     "name": "jsonl",
                     "path": str(data),
@@ -128,6 +137,8 @@ def best_own(work: Work, folder: Path, say: Callable[[str], None]) -> Own:
     """The fastest of our settings, found as TRL's is: one choice after another, by the fastest of three steps."""
     best, least = Own(), math.inf
     choices: list[dict[str, Any]] = [{}, {"compiled": True}, {"micro_batch": 4096}]
+    if not torch.cuda.is_available():
+        choices.insert(1, {"kernels": True})
     if "bfloat16" in work.precisions:
         choices[1:1] = [{"sampling": "bfloat16"}, {"learning": "bfloat16"}]
     for number, choice in enumerate(choices):
