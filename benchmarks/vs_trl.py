@@ -10,10 +10,10 @@ two to twelve minutes each of one quiet core; row 4 is the time to an accuracy, 
 
 TRL runs with the fastest of the settings that are tried first (``peer_trl.py`` says which, and what was tried by hand):
 completions a forward pass, precision, attention, cache. Ours is looked for in the same way: precision (of row 3 alone),
-``model.kernels``, ``model.compile``, the size of the learner's passes. What comes before the first step is on nobody's clock. Both sides
-have float32 master weights, the same fused AdamW and the same clipping, and one update a step over all rows. The run
-ends where either sampled or trained another number of rows, where TRL's responses are of another length than ours
-beyond chance (4 standard errors), or where the optimizers differ.
+``model.kernels``, ``model.compile``, the size of the learner's passes. What comes before the first step is on nobody's
+clock. Both sides have float32 master weights, the same fused AdamW and the same clipping, and one update a step over
+all rows. The run ends where either sampled or trained another number of rows, where TRL's responses are of another
+length than ours beyond chance (4 standard errors), or where the optimizers differ.
 
 ``least s`` is the machine's own limit: the floating-point operations that a step cannot avoid, divided by the fastest
 matrix product measured in the same run. Each weight of the layers is multiplied once a token in sampling (2 operations)

@@ -138,6 +138,9 @@ def evaluate_command(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; a run has its own")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA where there is one")] = None,
+    kernels: Annotated[
+        bool | None, typer.Option("--kernels/--no-kernels", help="Decode with C++ on a CPU; a run has its own")
+    ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Samples that decode at a time.")] = 512,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own Python code.")
@@ -160,7 +163,7 @@ def evaluate_command(
         flags["loops"] = loops if loops == "all" else numbers_of("--loops", loops, or_else=", or 'all'")
     if exit_threshold is not None:
         flags["exit_threshold"] = thresholds_of("--exit-threshold", exit_threshold)
-    how: dict[str, Any] = {"chat": chat, "system": system, "dtype": dtype, "device": device}
+    how: dict[str, Any] = {"chat": chat, "system": system, "dtype": dtype, "device": device, "kernels": kernels}
     how["thinking"] = None if thinking is None else switch_of("--thinking", thinking)
     how["trust_remote_code"] = trust_remote_code or None
     try:

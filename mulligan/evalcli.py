@@ -168,6 +168,7 @@ class _Measurement:
             max_new_tokens=cell.max_new_tokens,
             stop=job.part.how.stop,
             max_rows=self.max_rows,
+            kernels=subject.section.kernels,
             num_loops=cell.loops,
             # Leaving early is asked for; the model's config does not decide it, neither here nor in training.
             exit_threshold=1.0 if cell.exit_threshold is None and is_looped(model) else cell.exit_threshold,
@@ -409,7 +410,7 @@ def _load(model: str, flags: Mapping[str, Any]) -> Subject:
 
 def _load_base(name: str, subject: Subject, parts: Sequence[Part]) -> Subject:
     """The model to compare with, asked as the other one is."""
-    same = {key: getattr(subject.section, key) for key in ("chat", "thinking", "system")}
+    same = {key: getattr(subject.section, key) for key in ("chat", "thinking", "system", "kernels")}
     try:
         base = _load(name, same)
     except UserError as error:
@@ -504,6 +505,7 @@ def _model_settings(subject: Subject) -> dict[str, Any]:
         "weights": weights_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "kernels": subject.section.kernels,
         "chat": subject.chat is not None,
         "thinking": subject.section.thinking,
         "system": subject.section.system,

@@ -324,6 +324,19 @@ def test_every_sample_is_kept(tiny, tmp_path):
     assert all(line["answer"] == line["response"][:3] for line in lines)  # as the coin says
 
 
+def test_kernels_sample_the_same(tiny, tmp_path):
+    """Of looped models and of others; and a run keeps what it was trained with."""
+    for model in (tiny, "pico"):
+        plain, kernels = (told(model, *EVAL, *more) for more in ((), ("--kernels",)))
+        assert kernels["settings"]["kernels"] and not plain["settings"]["kernels"]
+        for key in ("pass@1", "length"):
+            assert kernels[key] == pytest.approx(plain[key], abs=1e-9)
+    said = call(*"train --steps 1 sampling.prompts=2 eval.problems=2 model.kernels=true --out run".split())
+    assert said.code == 0, said
+    assert told("run", *EVAL)["settings"]["kernels"]
+    assert not told("run", *EVAL, "--no-kernels")["settings"]["kernels"]
+
+
 def test_a_directory_holds_one_evaluation(tiny, tmp_path):
     argv = (tiny, *EVAL, "--out", "new")
     told(*argv)
@@ -335,6 +348,7 @@ def test_a_directory_holds_one_evaluation(tiny, tmp_path):
         (("task.level=1",), "task.level was 3, now 1"),
         (("--max-rows", "8"), "max_rows was 512, now 8"),
         (("--loops", "1"), "loops was None, now 1"),
+        (("--kernels",), "kernels was False, now True"),
         (("--relative-to", tiny), "relative_to was 'absent'"),
         (("--task", "chain", "--task", "boolean"), "task.name was 'chain'"),
     ):
