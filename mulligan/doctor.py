@@ -39,16 +39,26 @@ def examine() -> dict[str, Any]:
         loaded = load_model("pico")
         task = Chain()
         texts = Texts(task, loaded.tokenizer)
-        from mulligan.evaluate import evaluate
-
-        begun = time.monotonic()
-        sampler = EmbeddedSampler(loaded.model, loaded.tokenizer)
-        numbers = evaluate(task, texts, sampler, split="dev", problems=16, samples=4).numbers()
-        facts["pico_tokens_per_second"] = round(numbers["length"] * 64 / (time.monotonic() - begun))
+        facts["pico_tokens_per_second"] = _speed(task, texts, EmbeddedSampler(loaded.model, loaded.tokenizer))
         facts["ok"] = True
     except UserError as error:
         facts["problem"], facts["ok"] = str(error), False
+        return facts
+    try:
+        with_kernels = EmbeddedSampler(load_model("pico", device="cpu").model, loaded.tokenizer, kernels=True)
+        facts["with_kernels"] = _speed(task, texts, with_kernels)
+    except UserError as error:  # they are a choice
+        facts["with_kernels"] = str(error)
     return facts
+
+
+def _speed(task: Chain, texts: Texts, sampler: EmbeddedSampler) -> int:
+    """Tokens a second."""
+    from mulligan.evaluate import evaluate
+
+    begun = time.monotonic()
+    numbers = evaluate(task, texts, sampler, split="dev", problems=16, samples=4).numbers()
+    return round(numbers["length"] * 64 / (time.monotonic() - begun))
 
 
 def _version(name: str) -> str | None:
