@@ -331,7 +331,8 @@ def test_kernels_sample_the_same(tiny, tmp_path):
         assert kernels["settings"]["kernels"] and not plain["settings"]["kernels"]
         for key in ("pass@1", "length"):
             assert kernels[key] == pytest.approx(plain[key], abs=1e-9)
-    said = call(*"train --steps 1 sampling.prompts=2 eval.problems=2 model.kernels=true --out run".split())
+    few = ("sampling.prompts=2", "eval.problems=2", "model.kernels=true")
+    said = call("train", "--steps", "1", *few, "--out", "run")
     assert said.code == 0, said
     assert told("run", *EVAL)["settings"]["kernels"]
     assert not told("run", *EVAL, "--no-kernels")["settings"]["kernels"]
