@@ -6,7 +6,6 @@
 
 namespace {
 
-
 struct bfloat16 {
     uint16_t bits;
 };
@@ -39,7 +38,7 @@ inline float exponential(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;

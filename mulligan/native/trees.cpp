@@ -143,10 +143,8 @@ struct Room {
     template <typename T>
     void copy(const T *from, float scale, float *to) const {
 #pragma omp simd
-        for (int64_t j = 0; j < d; ++j) to[j] = wide_(from[j]) * scale;
+        for (int64_t j = 0; j < d; ++j) to[j] = ::wide(from[j]) * scale;
     }
-    template <typename T>
-    static float wide_(T x) { return ::wide(x); }
     // Rows [n, wide] to columns [wide, Q], zeros where there is no row; and back.
     void to_columns(float *rows, int64_t n, float *columns) const {
         const int64_t full = (n + W - 1) / W * W;
