@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from mulligan.models.loading import bos_context
 from mulligan.tasks.base import Task
 from mulligan.thoughts import END_OF_THINKING, THINK
 from mulligan.types import Problem, Tokens
+
+_KEPT = 1024  # prompts
 
 
 class Texts:
@@ -33,12 +36,17 @@ class Texts:
         vocabulary = tokenizer.get_vocab()
         marks = {vocabulary[mark] for mark in (THINK, END_OF_THINKING) if mark in vocabulary}
         self._hidden = self._controls - marks if marks & self._controls else None
+        # Every row of a group asks for its prompt, which takes longer than all else that is done for a row.
+        self._kept = lru_cache(_KEPT)(self._encode)
 
     def context(self, text: str) -> Tokens:
         """A prompt's tokens: one user's turn, or plain text behind BOS where the tokenizer has one.
 
         Special tokens that are spelled out in the text stay text.
         """
+        return self._kept(text)
+
+    def _encode(self, text: str) -> Tokens:
         if self.chat is not None:
             return self.chat.context(text)
         return (*self._bos, *plain(self.tokenizer, text, self._controls))
