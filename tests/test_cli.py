@@ -242,8 +242,9 @@ NUMBERS = (
 )
 PLAIN = (*NUMBERS, "notes", "settings")
 SETTINGS = (
-    *("model", "weights", "dtype", "device", "chat", "thinking", "system", "task", "split", "problems", "samples"),
-    *("temperature", "max_new_tokens", "stop", "seed", "loops", "exit_threshold", "max_rows", "probe", "versions"),
+    *("model", "weights", "dtype", "device", "kernels", "chat", "thinking", "system", "task", "split", "problems"),
+    *("samples", "temperature", "max_new_tokens", "stop", "seed", "loops", "exit_threshold", "max_rows", "probe"),
+    "versions",
 )
 PLACE = ("task", "loops", "exit_threshold", "max_new_tokens")
 DIFFERENCE = ends("pass@1_difference")
