@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import pytest
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -17,6 +20,9 @@ from mulligan.tasks.chain import Chain, ChainSettings
 from mulligan.texts import Texts
 from mulligan.types import FRESH, Forest, Grade, Problem, Request, Row, Sample, Tree, Verdict
 
+needs_compiler = pytest.mark.skipif(
+    "CXX" not in os.environ and not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
 TOKENIZER = pico_tokenizer()
 TASK = Chain(ChainSettings(level=1))
 TEXTS = Texts(TASK, TOKENIZER)

@@ -414,7 +414,9 @@ def test_doctor(tiny, monkeypatch):
     monkeypatch.setattr(doctor, "load_model", lambda name, **more: load_model(str(tiny), **more))
     said = call("doctor", "--json")
     facts = json.loads(said.out)
-    assert said.code == 0 and facts["ok"] is True and facts["pico_tokens_per_second"] > 0 and facts["with_kernels"] > 0
+    assert said.code == 0 and facts["ok"] is True and facts["pico_tokens_per_second"] > 0
+    said_why = str(facts["with_kernels"]).startswith("model.kernels: there is no C++ compiler")
+    assert said_why or facts["with_kernels"] > 0
     assert facts["packages"]["torch"] and facts["cores"] >= 1 and "free_disk_gib" in facts
     assert {"rlimits", "audit"} <= set(facts["verifier_sandbox"])
     assert "ok" in call("doctor").out

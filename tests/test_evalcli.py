@@ -25,6 +25,7 @@ from mulligan.types import Grade, Verdict
 from tests.e2e.helpers import SMALL, call, make_model, refused
 from tests.e2e.kill_at import coin
 from tests.e2e.test_real_model import byte_level_bpe
+from tests.helpers import needs_compiler
 
 EVAL = ("--problems", "5", "--samples", "4", "--max-new-tokens", "12")
 TEMPLATE = (
@@ -324,6 +325,7 @@ def test_every_sample_is_kept(tiny, tmp_path):
     assert all(line["answer"] == line["response"][:3] for line in lines)  # as the coin says
 
 
+@needs_compiler
 def test_kernels_sample_the_same(tiny, tmp_path):
     """Of looped models and of others; and a run keeps what it was trained with."""
     for model in (tiny, "pico"):

@@ -17,6 +17,7 @@ from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.sampling.precision import RoundedSampler
 from mulligan.session import prepare, settle_dtype
 from tests.e2e.helpers import SMALL, call, ended_alike, make_model, metrics, refused
+from tests.helpers import needs_compiler
 
 HALF = ("sampling.dtype=bfloat16", "model.compute_dtype=bfloat16")
 TRAIN = ("train", "--out", "run", *SMALL, "task.level=1", "model.device=cpu")
@@ -73,6 +74,7 @@ def test_a_compiled_run_goes_on_as_it_would_have(model, tmp_path, monkeypatch):
         ended_alike(whole, run(folder / "parts", monkeypatch, *argv, *more, "--steps", "3", "--resume"))
 
 
+@needs_compiler
 @pytest.mark.parametrize("model", ["pico", "pico-qwen3"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_a_run_with_kernels_goes_on_as_it_would_have(model, half, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from mulligan.models.norms import take_norms
 from mulligan.models.rotary import take_rotary
 from mulligan.objective import START
 from mulligan.types import Row, Tokens
-from tests.helpers import Probe, flat, make_row, make_sample, tiny, tokens
+from tests.helpers import Probe, flat, make_row, make_sample, needs_compiler, tiny, tokens
 from tests.learner.test_invariance import Loops
 from tests.models.test_architectures import ARCHITECTURES, build
 
@@ -322,7 +322,7 @@ def trained(on: Probe, rows: list[Row], method: Method, budget: int) -> tuple[fl
     return loss, flat(gradient), mine
 
 
-@pytest.mark.parametrize("more", [*KINDS_OF_MODELS, "kernels"])
+@pytest.mark.parametrize("more", [*KINDS_OF_MODELS, pytest.param("kernels", marks=needs_compiler)])
 @pytest.mark.parametrize("case", CASES)
 @few
 @given(rows=updates(), budget=st.sampled_from([60, 150, 10_000]))

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from mulligan.errors import UserError
 from mulligan.models.kernels import check_kernels
 from mulligan.native import build
-from tests.helpers import tiny
+from tests.helpers import needs_compiler, tiny
 from tests.sampling.helpers import build as build_model
 
 
@@ -25,6 +25,7 @@ def fresh(monkeypatch, tmp_path):
     build.library.cache_clear()
 
 
+@needs_compiler
 def test_it_is_built_once(fresh, monkeypatch):
     assert build.library().attend_float32
     kept = list(fresh.iterdir())
@@ -36,6 +37,7 @@ def test_it_is_built_once(fresh, monkeypatch):
     assert [command[1:] for command in ran] == [["--version"]]
 
 
+@needs_compiler
 def test_other_flags_are_another_build(fresh, monkeypatch):
     build.library()
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O1"))

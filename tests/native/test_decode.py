@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.native.decode import Columns, DecodeKernels
+from tests.helpers import needs_compiler
+
+pytestmark = needs_compiler
 
 several = settings(max_examples=60, deadline=None, derandomize=True)
 NEAR = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from mulligan.learner.trees import plant
 from mulligan.models.attention import Branches, tree_attention
 from mulligan.native.trees import Layout
+from tests.helpers import needs_compiler
 from tests.learner.test_trees import families, visible
+
+pytestmark = needs_compiler
 
 several = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -14,9 +14,11 @@ from mulligan.models.norms import take_norms
 from mulligan.models.rotary import take_rotary
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.sampling.precision import RoundedSampler
+from tests.helpers import needs_compiler
 from tests.sampling.helpers import ask, build, collect
 from tests.sampling.test_embedded import contexts
 
+pytestmark = needs_compiler
 KINDS = {
     "llama": (LlamaForCausalLM, LlamaConfig),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config),  # with biases
