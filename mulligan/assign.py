@@ -15,7 +15,6 @@ from mulligan.objective import START
 from mulligan.texts import Texts
 from mulligan.types import Forest, Row, Stream, Tokens
 
-_MOST = torch.finfo(torch.float32).max
 Fill = Callable[[Sequence[Row], Sequence[Stream], Callable[[Row, str], Tokens]], None]
 
 
@@ -68,11 +67,9 @@ def assign(method: Method, forest: Forest, texts: Texts, fill: Fill, max_new_tok
                         f"{method.name}: an advantage has shape {tuple(advantage.shape)}, not ({length},): one a token"
                     )
                 row.advantages = advantage.float()
-                finite = bool(torch.isfinite(row.advantages).all())
             else:
                 row.advantages = torch.where(own, float(advantage), 0.0)
-                finite = abs(advantage) <= _MOST  # false for NaN too
-            if not finite:
+            if not bool(torch.isfinite(row.advantages).all()):
                 raise ContractError(f"{method.name}: an advantage of {row.sample.request.problem.uid} is not finite")
             if len(row.mask) == 0:
                 row.mask = own

@@ -43,9 +43,6 @@ def strict_json(value: Any, what: str, *, indent: int | None = None) -> str:
     return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent)
 
 
-_PLAIN = frozenset({str, int, bool, type(None)})
-
-
 def _not_json(value: Any, place: str) -> str | None:
     """What is wrong with the first part of ``value`` that JSON cannot hold, or None."""
     if value is None or isinstance(value, str | int):  # bool is an int
@@ -62,8 +59,6 @@ def _not_json(value: Any, place: str) -> str | None:
         for key, item in value.items():
             if not isinstance(key, str):
                 return f"{place or 'value'} has the key {key!r}; keys must be strings"
-            if type(item) in _PLAIN or (type(item) is float and math.isfinite(item)):
-                continue
             if problem := _not_json(item, f"{place}.{key}" if place else key):
                 return problem
         return None

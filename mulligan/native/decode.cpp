@@ -57,21 +57,10 @@ inline Pair join(Pair x, const bfloat16 *) {
 }
 
 // Sums of neighbours, then of neighbours' sums: of sixteen vectors one, whose i-th number is the sum of the i-th vector.
-inline floats pairs(floats a, floats b) {
-    return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-inline floats fours(floats a, floats b) {
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-inline floats eights(floats a, floats b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-}
-inline floats all(floats a, floats b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+template <int S>
+inline floats sums(floats a, floats b) {
+    change<S>(a, b);
+    return a + b;
 }
 
 template <typename T>
@@ -97,11 +86,11 @@ inline void score(const float *q, Columns<T> keys, int64_t d, float *out) {
             return sum;
         };
         const auto four = [&](int64_t t) __attribute__((always_inline)) {
-            return fours(pairs(one(t), one(t + 1)), pairs(one(t + 2), one(t + 3)));
+            return sums<2>(sums<1>(one(t), one(t + 1)), sums<1>(one(t + 2), one(t + 3)));
         };
         for (int64_t t = 0; t < keys.count; t += W) {
-            const floats sums = all(eights(four(t), four(t + 4)), eights(four(t + 8), four(t + 12)));
-            std::memcpy(out + t, &sums, sizeof sums);
+            const floats all = sums<8>(sums<4>(four(t), four(t + 4)), sums<4>(four(t + 8), four(t + 12)));
+            std::memcpy(out + t, &all, sizeof all);
         }
         return;
     }
@@ -139,7 +128,7 @@ inline void gather(const float *weight, Columns<T> values, int64_t d, float *out
     }
 }
 
-struct Step {  // what attend() is given beside its arrays; as in kernels.py
+struct Step {  // what attend() is given beside its arrays; as in decode.py
     int64_t threads;
     int64_t rows, heads, shared, size;  // shared: key and value heads
     int64_t q_stride, k_stride, v_stride;  // between rows

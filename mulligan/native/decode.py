@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +23,13 @@ class _Step(ctypes.Structure):
     ]
 
 
-class Columns:
-    """Where keys or values lie: a buffer [rows, heads, capacity, head_dim] and the columns in use.
+class Columns(NamedTuple):
+    """Where keys and values lie: buffers [rows or more, heads, capacity, head_dim], and the columns in use."""
 
-    Args:
-        first: the first of them.
-        end: behind the last.
-    """
-
-    __slots__ = ("end", "first", "keys", "values")
-
-    def __init__(self, keys: Tensor, values: Tensor, first: int, end: int):
-        self.keys, self.values, self.first, self.end = keys, values, first, end
+    keys: Tensor
+    values: Tensor
+    first: int
+    end: int  # behind the last
 
 
 class DecodeKernels:

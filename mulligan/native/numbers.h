@@ -56,4 +56,19 @@ inline V load(const T *x) {
     return out;
 }
 
+// Of two vectors those numbers change places whose place in the first has the bit S and in the second has not.
+#define FOUR(AT, I) AT(I), AT((I) + 1), AT((I) + 2), AT((I) + 3)
+#define PLACES(AT) FOUR(AT, 0), FOUR(AT, 4), FOUR(AT, 8), FOUR(AT, 12)
+#define LOW(I) (((I) & S) ? (I) - S + W : (I))
+#define HIGH(I) (((I) & S) ? (I) + W : (I) + S)
+template <int S>
+inline void change(floats &a, floats &b) {
+    const floats low = __builtin_shufflevector(a, b, PLACES(LOW)), high = __builtin_shufflevector(a, b, PLACES(HIGH));
+    a = low, b = high;
+}
+#undef FOUR
+#undef PLACES
+#undef LOW
+#undef HIGH
+
 }  // namespace

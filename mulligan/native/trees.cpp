@@ -52,39 +52,20 @@ void product(int64_t M, int64_t K, int64_t vectors, const float *A, int64_t a_i,
     }
 }
 
-// 16 x 16 numbers: of two vectors the halves, quarters, ... that change places.
-inline void swap8(floats &a, floats &b) {
-    const floats c = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    b = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31), a = c;
+template <int S>
+inline void change_places(floats *r) {
+    for (int i = 0; i < W; ++i)
+        if (!(i & S)) change<S>(r[i], r[i + S]);
 }
-inline void swap4(floats &a, floats &b) {
-    const floats c = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    b = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31), a = c;
-}
-inline void swap2(floats &a, floats &b) {
-    const floats c = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    b = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31), a = c;
-}
-inline void swap1(floats &a, floats &b) {
-    const floats c = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    b = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31), a = c;
-}
-inline void transpose(const float *from, int64_t ld_from, float *to, int64_t ld_to) {
+inline void transpose(const float *from, int64_t ld_from, float *to, int64_t ld_to) {  // 16 x 16
     floats r[W];
     for (int i = 0; i < W; ++i) r[i] = load<floats>(from + i * ld_from);
-    for (int i = 0; i < W; ++i)
-        if (!(i & 8)) swap8(r[i], r[i + 8]);
-    for (int i = 0; i < W; ++i)
-        if (!(i & 4)) swap4(r[i], r[i + 4]);
-    for (int i = 0; i < W; ++i)
-        if (!(i & 2)) swap2(r[i], r[i + 2]);
-    for (int i = 0; i < W; ++i)
-        if (!(i & 1)) swap1(r[i], r[i + 1]);
+    change_places<8>(r), change_places<4>(r), change_places<2>(r), change_places<1>(r);
     for (int i = 0; i < W; ++i) std::memcpy(to + i * ld_to, &r[i], sizeof(floats));
 }
 
 template <typename T>
-struct Heads {  // [heads, tokens, head_dim], with the numbers of a head side by side
+struct Heads {  // [heads, tokens, head_dim], with the numbers of a head side by side; as in trees.py
     T *first;
     int64_t head, token;  // strides
     T *at(int64_t h, int64_t t) const { return first + h * head + t * token; }
@@ -161,9 +142,9 @@ struct Room {
 // A block of a node's queries: its n queries from the q0-th on, and the keys that they see: all of the path, and of the
 // node those up to themselves.
 struct Block {
-    int64_t path, q0, n, vectors, end;
+    int64_t path, q0, n, vectors;
     Block(int64_t path, int64_t q0, int64_t length)
-        : path(path), q0(q0), n(std::min(Q, length - q0)), vectors((n + W - 1) / W), end(path + q0 + n) {}
+        : path(path), q0(q0), n(std::min(Q, length - q0)), vectors((n + W - 1) / W) {}
     // Stretches of keys, the number of them and the first vector in which a query sees one.
     template <typename F>
     void each(F call) const {
@@ -337,27 +318,19 @@ void backward(const Trees &s, const Layout &layout, Heads<const T> q, Heads<cons
     }
 }
 
-template <typename T>
-struct Given {  // as in trees.py
-    const T *first;
-    int64_t head, token;
-    Heads<const T> read() const { return {first, head, token}; }
-    Heads<T> write() const { return {const_cast<T *>(first), head, token}; }
-};
-
 }  // namespace
 
 #define KERNELS(NAME, T)                                                                                              \
-    extern "C" void tree_forward_##NAME(const Trees *s, const Layout *layout, const Given<T> *q, const Given<T> *k,    \
-                                        const Given<T> *v, const Given<T> *out, float *norm, int64_t tokens) {         \
-        forward<T>(*s, *layout, q->read(), k->read(), v->read(), out->write(), norm, tokens);                          \
+    extern "C" void tree_forward_##NAME(const Trees *s, const Layout *layout, const Heads<const T> *q,                 \
+                                        const Heads<const T> *k, const Heads<const T> *v, const Heads<T> *out,         \
+                                        float *norm, int64_t tokens) {                                                 \
+        forward<T>(*s, *layout, *q, *k, *v, *out, norm, tokens);                                                       \
     }                                                                                                                  \
-    extern "C" void tree_backward_##NAME(const Trees *s, const Layout *layout, const Given<T> *q, const Given<T> *k,   \
-                                         const Given<T> *v, const Given<T> *out, const Given<T> *grad,                 \
-                                         const float *norm, const Given<T> *by_q, const Given<float> *by_k,            \
-                                         const Given<float> *by_v, int64_t tokens) {                                   \
-        backward<T>(*s, *layout, q->read(), k->read(), v->read(), out->read(), grad->read(), norm, by_q->write(),      \
-                    by_k->write(), by_v->write(), tokens);                                                             \
+    extern "C" void tree_backward_##NAME(const Trees *s, const Layout *layout, const Heads<const T> *q,                \
+                                         const Heads<const T> *k, const Heads<const T> *v, const Heads<const T> *out,  \
+                                         const Heads<const T> *grad, const float *norm, const Heads<T> *by_q,          \
+                                         const Heads<float> *by_k, const Heads<float> *by_v, int64_t tokens) {         \
+        backward<T>(*s, *layout, *q, *k, *v, *out, *grad, norm, *by_q, *by_k, *by_v, tokens);                          \
     }
 
 KERNELS(float32, float)

@@ -16,6 +16,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from mulligan.native.decode import Columns
+
 
 class GrowingSlot(CacheLayerMixin):
     """The keys and values of one attention application.
@@ -55,15 +57,15 @@ class GrowingSlot(CacheLayerMixin):
             buffer[: self.rows, :, self.end - new : self.end] = states
         return self._show()
 
-    def extend(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """One more column, for the caller to fill; and then what :meth:`lie` gives."""
+    def extend(self) -> Columns:
+        """The columns with one more, for the caller to fill."""
         self._extend(1)
-        return self.lie()
+        return self.columns()
 
-    def lie(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Buffers [rows or more, heads, capacity, head_dim] of keys and values, the first column in use and the end."""
+    def columns(self) -> Columns:
+        """Where the keys and values are."""
         keys, values = self._buffers
-        return keys, values, self.begin, self.end
+        return Columns(keys, values, self.begin, self.end)
 
     def _extend(self, new: int) -> None:
         if self.end + new > self._buffers[0].shape[2]:

@@ -20,39 +20,23 @@ from mulligan.models.kernels import check_kernels
 from mulligan.models.layers import epsilon_of, parameters_of
 from mulligan.models.looped import LoopedForCausalLM
 from mulligan.native.build import KEY
-from mulligan.native.decode import Columns, DecodeKernels
+from mulligan.native.decode import DecodeKernels
 from mulligan.sampling.batch import Next
 from mulligan.sampling.cache import GrowingCache
-from mulligan.sampling.forking import agrees, forks_prompts
-
-
-def checked_decoder(model: PreTrainedModel, **settings: Any) -> Decoder:
-    """A decoder of a model, in eval mode, that gives the logits which the model gives.
-
-    Raises:
-        UserError: as for :class:`Decoder`, or where its logits are others.
-    """
-    settings.pop("logits_to_keep", None)
-    trial = Decoder(model, exit_threshold=1.0)
-
-    def step(_: PreTrainedModel, token: Tensor, position: Tensor, forks: Forks, cache: GrowingCache) -> Tensor:
-        return trial.step(token, position, forks, torch.zeros_like(token), cache).logits
-
-    if not (forks_prompts(model) and agrees(model, step)):
-        raise UserError(f"{KEY}: {model.config.model_type} does more between its layers than it knows")
-    return Decoder(model, **settings)
+from mulligan.sampling.forking import agrees
 
 
 class Decoder:
     """Computes the next token's logits of rows that go on from shared prompts, for models of known layers on a CPU.
 
     Args:
-        model: looped, or of transformers; its weights are read at every step and never copied.
+        model: looped, or of transformers, in eval mode; it forks prompts (:mod:`mulligan.sampling.forking`). Its
+            weights are read at every step and never copied.
         num_loops: of a looped model; None: the model's own number.
         exit_threshold: of a looped model, as :class:`mulligan.sampling.embedded.EmbeddedSampler` takes it.
 
     Raises:
-        UserError: a model that this does not know, or nothing to compile with.
+        UserError: a model that this does not know or whose logits are others, or nothing to compile with.
     """
 
     def __init__(self, model: PreTrainedModel, num_loops: int | None = None, exit_threshold: float | None = None):
@@ -62,11 +46,13 @@ class Decoder:
         self._kernels = DecodeKernels(model.dtype)
         self._looped = isinstance(model, LoopedForCausalLM)
         config: Any = model.config.get_text_config()
-        self._loops = (num_loops or config.total_ut_steps) if self._looped else 1
-        own = getattr(config, "early_exit_threshold", None)
-        found = own if exit_threshold is None else exit_threshold
-        self._threshold = 1.0 if found is None or not self._looped else found
+        self._loops, self._threshold = config.total_ut_steps if self._looped else 1, 1.0
         self.update()
+        if not agrees(model, self._logits):
+            raise UserError(f"{KEY}: {model.config.model_type} does more between its layers than it knows")
+        if self._looped:
+            self._loops = self._loops if num_loops is None else num_loops
+            self._threshold = config.early_exit_threshold if exit_threshold is None else exit_threshold
 
     def update(self) -> None:
         """Looks for the weights again, where a model's parameters may have become other objects."""
@@ -97,8 +83,8 @@ class Decoder:
                 x, n = kernels.add_norm(x, h, h_norm, norm, eps)
                 q, k, v = (functional.linear(n, *each) for each in (q, k, v))
                 slot = next(slots)
-                own, above = Columns(*slot.extend()), Columns(*slot.prompts.lie())
                 scale = cos.shape[-1] ** -0.5 if self._looped else layer.self_attn.scaling
+                own, above = slot.extend(), slot.prompts.columns()
                 attended = kernels.attend(q, k, v, tuple(norms), eps, cos, sin, own, above, of, scale)
                 x, n = kernels.add_norm(x, functional.linear(attended, *o), attention_norm, between, eps)
                 gated = kernels.gated(functional.linear(n, *gate), functional.linear(n, *up))
@@ -109,6 +95,9 @@ class Decoder:
         if self._threshold < 1:
             x, loop = self._base.read_out(states, self._threshold)
         return Next(self._model.get_output_embeddings()(x).float(), loop)
+
+    def _logits(self, _: PreTrainedModel, token: Tensor, position: Tensor, forks: Forks, cache: GrowingCache) -> Tensor:
+        return self.step(token, position, forks, torch.zeros_like(token), cache).logits
 
     def _tables(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [R, head_dim] of the angles that positions [R] turn a head by."""

@@ -23,10 +23,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mulligan.errors import UserError
 from mulligan.models.forks import Forks, hidden
+from mulligan.native.build import KEY
 from mulligan.sampling import OnDone
 from mulligan.sampling.batch import Draw, Next, Order, Queue, Rows
 from mulligan.sampling.cache import GrowingCache, can_grow, select_rows
-from mulligan.sampling.decoder import checked_decoder
+from mulligan.sampling.decoder import Decoder
 from mulligan.sampling.forking import forks_prompts
 from mulligan.sampling.prefill import Block, continued, groups, stems
 from mulligan.sampling.prompts import Prompts
@@ -130,7 +131,9 @@ class EmbeddedSampler:
         if exit_threshold is not None and not 0 <= exit_threshold <= 1:
             raise UserError(f"the sampler: exit_threshold is {exit_threshold}, but must be a number from 0 to 1")
         with _evaluating(model):
-            self._decoder = checked_decoder(model, **self._extra) if kernels else None
+            self._decoder = Decoder(model, **self._extra) if kernels else None
+        if kernels and not self._forks:
+            raise UserError(f"{KEY}: {model.config.model_type} does not decode rows that share their prompts")
         if "logits_to_keep" in accepted:
             self._extra["logits_to_keep"] = 1
         self._eos = torch.tensor(_eos_ids(model, tokenizer), dtype=torch.long, device=model.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from mulligan.models.rotary import take_rotary
 from mulligan.sampling.embedded import EmbeddedSampler
 from mulligan.sampling.precision import RoundedSampler
 from tests.helpers import needs_compiler
-from tests.sampling.helpers import ask, build, collect
-from tests.sampling.test_embedded import contexts
+from tests.sampling.helpers import build, collect
+from tests.sampling.test_forks import REQUESTS, alike, events
 
 pytestmark = needs_compiler
 KINDS = {
@@ -38,36 +37,6 @@ def known(request):
     if request.param in KINDS:
         return taken(build(*KINDS[request.param]))
     return taken(request.getfixturevalue(request.param))
-
-
-REQUESTS = [
-    ask(p, 1 + i % 4, index=i, seed=i, max_new_tokens=3 + 4 * (i % 5))
-    for i, p in enumerate(contexts(3, 14, 5, 9, 5, 1, 21, 2))
-]
-
-
-def events(sampler):
-    """Passes that follow on passes, prompts of very different lengths, rows that end and join at any time."""
-    out = []
-
-    def on_done(request, completions):
-        out.append((request.problem.index, request.origin, completions))
-        if request.origin != "fresh":
-            return ()
-        again = replace(request, n=2, seeds=(7, 8), prefix=completions[0].tokens[:3], origin="reset")
-        return [again, replace(again, context=(5,) * 17 + request.context, prefix=(), origin="hinted")]
-
-    sampler.run(REQUESTS, on_done)
-    return out
-
-
-def alike(ours, theirs):
-    assert len(ours) == len(theirs) == 24
-    for (*which, mine), (*other, its) in zip(ours, theirs, strict=True):
-        assert which == other
-        for one, two in zip(mine, its, strict=True):
-            assert (one.tokens, one.finish) == (two.tokens, two.finish)
-            assert one.behavior_logprobs == pytest.approx(two.behavior_logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("max_rows", [4, 7, 256])

@@ -79,37 +79,46 @@ def test_who_forks(model, tokenizer):
     assert EmbeddedSampler(own_positions, tokenizer)._forks
 
 
-@pytest.mark.parametrize("max_rows", [4, 7, 256])
-def test_rows_with_copies_of_their_prompts_draw_the_same(model, tokenizer, max_rows):
+REQUESTS = [
+    ask(p, 1 + i % 4, index=i, seed=i, max_new_tokens=3 + 4 * (i % 5))
+    for i, p in enumerate(contexts(3, 14, 5, 9, 5, 1, 21, 2))
+]
+
+
+def events(sampler):
     """Passes that follow on passes, prompts of very different lengths, rows that end and join at any time."""
+    out = []
 
-    def once(forks):
-        events = []
+    def on_done(request, completions):
+        out.append((request.problem.index, request.origin, completions))
+        if request.origin != "fresh":
+            return ()
+        again = replace(request, n=2, seeds=(7, 8), prefix=completions[0].tokens[:3], origin="reset")
+        return [again, replace(again, context=(5,) * 17 + request.context, prefix=(), origin="hinted")]
 
-        def on_done(request, completions):
-            events.append((request.problem.index, request.origin, completions))
-            if request.origin != "fresh":
-                return ()
-            again = replace(request, n=2, seeds=(7, 8), prefix=completions[0].tokens[:3], origin="reset")
-            return [again, replace(again, context=(5,) * 17 + request.context, prefix=(), origin="hinted")]
+    sampler.run(REQUESTS, on_done)
+    return out
 
-        sampler = EmbeddedSampler(model, tokenizer, max_rows=max_rows)
-        sampler._forks = forks
-        sampler.run(requests, on_done)
-        return events, sampler.stats["prefill_tokens"]
 
-    requests = [
-        ask(p, 1 + i % 4, index=i, seed=i, max_new_tokens=3 + 4 * (i % 5))
-        for i, p in enumerate(contexts(3, 14, 5, 9, 5, 1, 21, 2))
-    ]
-    (ours, read), (theirs, read_by_copies) = once(True), once(False)
-    assert len(ours) == 24
-    assert read <= read_by_copies
-    for (*which, mine), (*other, copies) in zip(ours, theirs, strict=True):
+def alike(ours, theirs):
+    assert len(ours) == len(theirs) == 24
+    for (*which, mine), (*other, its) in zip(ours, theirs, strict=True):
         assert which == other
-        for one, two in zip(mine, copies, strict=True):
+        for one, two in zip(mine, its, strict=True):
             assert (one.tokens, one.finish) == (two.tokens, two.finish)
             assert one.behavior_logprobs == pytest.approx(two.behavior_logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_rows", [4, 7, 256])
+def test_rows_with_copies_of_their_prompts_draw_the_same(model, tokenizer, max_rows):
+    def once(forks):
+        sampler = EmbeddedSampler(model, tokenizer, max_rows=max_rows)
+        sampler._forks = forks
+        return events(sampler), sampler.stats["prefill_tokens"]
+
+    (ours, read), (theirs, read_by_copies) = once(True), once(False)
+    assert read <= read_by_copies
+    alike(ours, theirs)
 
 
 def test_a_prompt_that_still_has_rows_is_not_computed_again(model, tokenizer):
